@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment in .venv with the releases of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_OUTPUT ?= demo-output
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench docs clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## port, export and run a real model; writes demo-output
+	$(BIN)/edgeport demo -o $(DEMO_OUTPUT) --overwrite
+
+test: $(READY) ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## lint, check types, and check that the generated documentation is up to date
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+bench: $(READY) ## measure memory against the plan's prediction
+	$(BIN)/python -m bench.memory
+
+docs: $(READY) ## write docs/cli.md and README's outputs anew from the program itself
+	$(BIN)/python docs/generate.py
+
+clean: ## remove outputs and caches; .venv stays
+	rm -rf $(DEMO_OUTPUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeport needs Python 3.11 or newer; give one with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). Where pip has no wheel of llama-cpp-python it compiles one: about 6 minutes on 2 cores, silently, once."
+	CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,616 @@
+"""Every bad input that edgeport knows to refuse, and what it answers: `python -m bench.bad_input` prints the table.
+
+Each case makes its files in a folder and returns what the user types; `tests/test_bad_input.py` runs the same table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+Make = Callable[[Path], list[str]]
+HERE = AbstractContextManager[Any]
+
+HIDDEN, VOCABULARY, RANK = 32, 320, 4
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32",
+}  # fmt: skip
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+Q_WEIGHT = f"{Q_PROJ}.weight"
+LORA_A, LORA_B = f"base_model.model.{Q_PROJ}.lora_A.weight", f"base_model.model.{Q_PROJ}.lora_B.weight"
+SHAPES = {
+    EMBEDDING: (VOCABULARY, HIDDEN), HEAD: (VOCABULARY, HIDDEN),
+    **{f"model.layers.0.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"model.layers.0.mlp.{name}_proj.weight": (64, HIDDEN) for name in ("gate", "up")},
+    "model.layers.0.mlp.down_proj.weight": (HIDDEN, 64),
+    "model.layers.0.input_layernorm.weight": (HIDDEN,), "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
+    NORM: (HIDDEN,),
+}  # fmt: skip
+DTYPES = {"float32": "F32", "float16": "F16"}
+
+
+# Good inputs, small enough to be made anew for every case.
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Array:
+    return (np.random.default_rng(seed).standard_normal(shape) * 0.1).astype(np.float32)
+
+
+def spelled(header: Any, data: bytes) -> bytes:
+    """A safetensors file of that header, whatever it claims."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def parted(file: bytes) -> tuple[dict[str, Any], bytes]:
+    stop = 8 + int.from_bytes(file[:8], "little")
+    return json.loads(file[8:stop]), file[stop:]
+
+
+def save(path: Path, tensors: Tensors) -> None:
+    header, end = {}, 0
+    for name, values in tensors.items():
+        header[name] = {"dtype": DTYPES[str(values.dtype)], "shape": values.shape, "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    path.write_bytes(spelled(header, b"".join(values.tobytes() for values in tensors.values())))
+
+
+def weights() -> dict[str, Array]:
+    return {name: noise(shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+
+
+def model(folder: Path, name: str = "base", tensors: Tensors | None = None, **config: Any) -> Path:
+    path = folder / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    save(path / "model.safetensors", weights() if tensors is None else tensors)
+    return path
+
+
+def patch(folder: Path, tensors: Tensors | None = None, rank: int = RANK, **config: Any) -> Path:
+    path = folder / "patch"
+    path.mkdir()
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "org/base"}
+    (path / "adapter_config.json").write_text(json.dumps(facts | config))
+    save(path / "adapter_model.safetensors", factors() if tensors is None else tensors)
+    return path
+
+
+def factors(inner: int = HIDDEN, outer: int = HIDDEN, rank: int = RANK, module: str = "self_attn.q_proj") -> dict[str, Array]:
+    names = (name.replace("self_attn.q_proj", module) for name in (LORA_A, LORA_B))
+    return dict(zip(names, (noise((rank, inner), 1), noise((outer, rank), 2)), strict=True))
+
+
+def tokenizer(folder: Path, tokens: int) -> None:
+    """A byte-level BPE without merges."""
+    vocabulary = {"a": 0, "<s>": 1, "</s>": 2, "b": 3, "ab": 4} | {f"token{index}": index for index in range(5, tokens)}
+    special = [{"id": vocabulary[text], "content": text, "special": True, "normalized": False, "single_word": False,
+                "lstrip": False, "rstrip": False} for text in ("<s>", "</s>")]  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = {"version": "1.0", "added_tokens": special, "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+               "decoder": level, "model": {"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"]]}}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def gguf(path: Path, arch: str = "llama", more: Mapping[str, tuple[str, Any]] = MappingProxyType({})) -> Path:
+    from converters.gguf.header import serialize
+    from converters.gguf.values import ValueType
+
+    keys = {"general.architecture": ("STRING", arch), **more}
+    settings = {key: (ValueType[kind], value) for key, (kind, value) in keys.items()}
+    head, _, total = serialize(settings, [(name, (8, 32), "F32", 1024) for name in ("token_embd.weight", "output.weight")])
+    path.write_bytes(head + bytes(total - len(head)))
+    return path
+
+
+# What the user types.
+
+
+Place = Path | str | None
+
+
+def port(folder: Path, base: Place = None, given: Place = None, *flags: str, to: str = "out") -> list[str]:
+    base, given = base or model(folder), given or patch(folder)
+    return ["port", "--patch", str(given), "--new-base", str(base), "-o", str(folder / to), "--no-progress", *flags]
+
+
+def export(base: Path, output: Path, *flags: str) -> list[str]:
+    return ["export", str(base), "-o", str(output), "--no-progress", *flags]
+
+
+def written(folder: Path) -> Path:
+    """A finished output, and only it."""
+    done = run(port(folder))
+    assert done.code == 0, done.error
+    shutil.rmtree(folder / "base")
+    shutil.rmtree(folder / "patch")
+    return folder / "out"
+
+
+# Cases that share a shape.
+
+
+def with_model_file(content: Callable[[dict[str, Any], bytes], bytes]) -> Make:
+    """A port onto a base whose safetensors file is what `content` makes of its header and data."""
+
+    def make(folder: Path) -> list[str]:
+        file = model(folder) / "model.safetensors"
+        file.write_bytes(content(*parted(file.read_bytes())))
+        return port(folder, file.parent)
+
+    return make
+
+
+def entry(header: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The header with other fields for the last tensor."""
+    return header | {NORM: header[NORM] | fields}
+
+
+def moved(header: dict[str, Any], by: int) -> dict[str, Any]:
+    return entry(header, data_offsets=[place + by for place in header[NORM]["data_offsets"]])
+
+
+def with_index(change: Callable[[dict[str, str]], Any]) -> Make:
+    """A base of two shards with another weight_map, or another text for the whole index."""
+
+    def make(folder: Path) -> list[str]:
+        base = model(folder)
+        (base / "model.safetensors").unlink()
+        (folder / "evil.safetensors").write_bytes(b"")
+        names = list(SHAPES)
+        shards = {"model-1.safetensors": names[:4], "model-2.safetensors": names[4:]}
+        for shard, held in shards.items():
+            save(base / shard, {name: values for name, values in weights().items() if name in held})
+        found = change({name: shard for shard, held in shards.items() for name in held})
+        text = found if isinstance(found, str) else json.dumps({"weight_map": found})
+        (base / "model.safetensors.index.json").write_text(text)
+        return port(folder, base)
+
+    return make
+
+
+def _with_tokenizer(folder: Path, tokens: int = VOCABULARY, tensors: Tensors | None = None) -> Path:
+    base = model(folder, tensors=tensors)
+    tokenizer(base, tokens)
+    return base
+
+
+def with_config(text: str | None = None, **config: Any) -> Make:
+    def make(folder: Path) -> list[str]:
+        base = model(folder, **config)
+        if text is not None:
+            (base / "config.json").write_text(text)
+        return port(folder, base)
+
+    return make
+
+
+class Payload:
+    """What a hostile pickle would do: write a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = str(folder / "executed")
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (self.place, "w")
+
+
+def with_bin(content: Callable[[Path], Any], zipped: bool) -> Make:
+    """A base whose weights are a pickle."""
+
+    def make(folder: Path) -> list[str]:
+        import torch
+
+        base = model(folder)
+        (base / "model.safetensors").unlink()
+        file = base / "pytorch_model.bin"
+        if zipped:
+            torch.save(content(folder), file)
+        else:
+            file.write_bytes(pickle.dumps(content(folder)))
+        return port(folder, base)
+
+    return make
+
+
+def with_gguf(change: Callable[[bytes], bytes] = bytes, arch: str = "llama") -> Make:
+    def make(folder: Path) -> list[str]:
+        file = gguf(folder / "base.gguf", arch)
+        file.write_bytes(change(file.read_bytes()))
+        return export(file, folder / "out", "--to", "hf")
+
+    return make
+
+
+def put(data: bytes, at: int, value: int, size: int) -> bytes:
+    return data[:at] + value.to_bytes(size, "little") + data[at + size :]
+
+
+def info(data: bytes) -> int:
+    """Where the type and offset of the second tensor stand: after its name and two dimensions."""
+    return data.index(b"output.weight") + len(b"output.weight") + 4 + 16
+
+
+def with_patch(tensors: Callable[[], Tensors] = lambda: factors(), rank: int = RANK, **config: Any) -> Make:
+    return lambda folder: port(folder, None, patch(folder, tensors(), rank, **config))
+
+
+def with_base(tensors: Callable[[], Tensors], **config: Any) -> Make:
+    return lambda folder: port(folder, model(folder, tensors=tensors(), **config))
+
+
+def with_flags(*flags: str, to: str = "out") -> Make:
+    return lambda folder: port(folder, None, None, *flags, to=to)
+
+
+def to_gguf(*flags: str) -> Make:
+    return with_flags("--to", "gguf", *flags, to="out.gguf")
+
+
+def spoiled(name: str, value: float, at: Tensors) -> dict[str, Array]:
+    """The tensors with one value replaced."""
+    table = {key: values.copy() for key, values in at.items()}
+    table[name].reshape(-1)[5] = value
+    return table
+
+
+def beside(name: str, content: str | None) -> Make:
+    """A port to an output where a file, or a folder with a file in it, stands already."""
+
+    def make(folder: Path) -> list[str]:
+        if content is None:
+            (folder / name).mkdir()
+        place = folder / name / "thesis.txt" if content is None else folder / name
+        place.write_text("mine")
+        return port(folder, None, None, *(["--overwrite"] if content != "keep" else []))
+
+    return make
+
+
+def tampered(change: Callable[[Path], Any]) -> Make:
+    def make(folder: Path) -> list[str]:
+        change(written(folder))
+        return ["verify", str(folder / "out")]
+
+    return make
+
+
+def changed_byte(output: Path) -> None:
+    data = bytearray((output / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (output / "model.safetensors").write_bytes(data)
+
+
+def with_old_base(name: str, shape: tuple[int, ...]) -> Make:
+    """A patch with factors and a whole norm, and an old base of which one weight has another shape."""
+
+    def make(folder: Path) -> list[str]:
+        given = patch(folder, factors() | {f"base_model.model.{NORM}": noise((HIDDEN,), 3)}, modules_to_save=["norm"])
+        old = model(folder, "old", weights() | {name: noise(shape, 4)})
+        return port(folder, None, given, "--old-base", str(old))
+
+    return make
+
+
+def wrong_base(folder: Path) -> list[str]:
+    given = patch(folder)
+    (given / "edgeport.json").write_text(json.dumps({"base_fingerprint": "0" * 32}))
+    return port(folder, None, given, "--old-base", str(model(folder, "old")))
+
+
+def missing_split(folder: Path) -> list[str]:
+    split = {"split.no": ("UINT16", 0), "split.count": ("UINT16", 2), "split.tensors.count": ("INT32", 4)}
+    return export(gguf(folder / "base-00001-of-00002.gguf", more=split), folder / "out", "--to", "hf")
+
+
+def too_many_tokens(folder: Path) -> list[str]:
+    return port(folder, _with_tokenizer(folder, VOCABULARY + 1), None, "--to", "gguf", to="out.gguf")
+
+
+def uneven_head(folder: Path) -> list[str]:
+    base = _with_tokenizer(folder, tensors=weights() | {HEAD: noise((VOCABULARY - 20, HIDDEN), 5)})
+    return port(folder, base, None, "--to", "gguf", to="out.gguf")
+
+
+def other_architecture(folder: Path) -> list[str]:
+    base = model(folder, architectures=["MambaForCausalLM"], model_type="mamba")
+    return port(folder, base, None, "--to", "gguf", to="out.gguf")
+
+
+def gguf_over_a_folder(folder: Path) -> list[str]:
+    return port(folder, _with_tokenizer(folder), None, "--overwrite", "--to", "gguf", to=_empty(folder / "out.gguf").name)
+
+
+def f16_overflow(folder: Path) -> list[str]:
+    return port(folder, None, patch(folder, {name: values * 3e4 for name, values in factors().items()}), "--quant", "f16")
+
+
+def not_finite(folder: Path) -> list[str]:
+    return export(model(folder, tensors=spoiled(HEAD, np.nan, weights())), folder / "out", "--to", "hf", "--quant", "bf16")
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def small_disk() -> HERE:
+    return mock.patch("shutil.disk_usage", return_value=Usage(1 << 20, 0, 1 << 20))
+
+
+def read_only() -> HERE:
+    # root may write anywhere, so a folder's mode bits would prove nothing
+    return mock.patch("os.mkdir", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/read-only/.out.partial"))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What to type, part of the sentence that answers, the exit code, and the world in which it happens."""
+
+    make: Make
+    says: str
+    code: int = 1
+    world: Callable[[], HERE] = nullcontext
+
+
+CASES: dict[str, Case] = {
+    # safetensors
+    "safetensors, empty file": Case(with_model_file(lambda h, d: b""), "0 bytes, too few"),
+    "safetensors, truncated in the header": Case(with_model_file(lambda h, d: spelled(h, d)[:60]), "declares a header of"),
+    "safetensors, truncated in the data": Case(with_model_file(lambda h, d: spelled(h, d)[:-7]), "the file is truncated"),
+    "safetensors, header length too short": Case(with_model_file(lambda h, d: put(spelled(h, d), 0, 30, 8)), "not valid JSON"),
+    "safetensors, header length past the end": Case(
+        with_model_file(lambda h, d: put(spelled(h, d), 0, 1 << 30, 8)), "declares a header of"),
+    "safetensors, huge header length": Case(
+        with_model_file(lambda h, d: b"\xff" * 8 + d), "declares a header of 18446744073709551615"),
+    "safetensors, header is not JSON": Case(with_model_file(lambda h, d: spelled(b"{nonsense", d)), "not valid JSON"),
+    "safetensors, header is not UTF-8": Case(with_model_file(lambda h, d: spelled(b'{"\xff\xfe": 1}', d)), "not valid JSON"),
+    "safetensors, header nests too deep": Case(with_model_file(lambda h, d: spelled(b"[" * 200_000, d)), "not valid JSON"),
+    "safetensors, header is a list": Case(with_model_file(lambda h, d: spelled([1], d)), "not a JSON object"),
+    "safetensors, a key twice": Case(with_model_file(lambda h, d: spelled(b'{"a": 1, "a": 2}', d)), "a key stands twice"),
+    "safetensors, an entry without shape": Case(
+        with_model_file(lambda h, d: spelled(h | {NORM: {"dtype": "F32"}}, d)), "lacks dtype, shape"),
+    "safetensors, overlapping offsets": Case(with_model_file(lambda h, d: spelled(moved(h, -64), d)), "overlap or leave a hole"),
+    "safetensors, a hole": Case(with_model_file(lambda h, d: spelled(moved(h, 64), d + bytes(64))), "overlap or leave a hole"),
+    "safetensors, bytes left over": Case(with_model_file(lambda h, d: spelled(h, d + bytes(64))), "its header accounts for"),
+    "safetensors, offsets outside of the file": Case(
+        with_model_file(lambda h, d: spelled(moved(h, 1 << 40), d)), "the file is truncated or"),
+    "safetensors, offsets backwards": Case(
+        with_model_file(lambda h, d: spelled(entry(h, data_offsets=[64, 0]), d)), "its header is wrong"),
+    "safetensors, absurd shape": Case(
+        with_model_file(lambda h, d: spelled(entry(h, shape=[1 << 62, 1 << 62]), d)), "impossible shape"),
+    "safetensors, a shape that overflows": Case(
+        with_model_file(lambda h, d: spelled(entry(h, shape=[1 << 32, 1 << 32]), d)), "takes 73786976294838206464"),
+    "safetensors, negative shape": Case(with_model_file(lambda h, d: spelled(entry(h, shape=[-32]), d)), "impossible shape"),
+    "safetensors, unknown dtype": Case(with_model_file(lambda h, d: spelled(entry(h, dtype="F4"), d)), "unknown dtype 'F4'"),
+    "safetensors, shape and bytes differ": Case(
+        with_model_file(lambda h, d: spelled(entry(h, shape=[31]), d)), "F32 [31] takes 124"),
+    # the folder
+    "index, a shard outside of the folder": Case(
+        with_index(lambda m: m | {NORM: "../evil.safetensors"}), "not a file of the same folder"),
+    "index, an absolute path": Case(with_index(lambda m: m | {NORM: "/etc/passwd"}), "not a file of the same folder"),
+    "index, a shard that is missing": Case(with_index(lambda m: m | {NORM: "model-3.safetensors"}), "which is missing"),
+    "index, a tensor in no shard": Case(
+        with_index(lambda m: m | {"model.extra": "model-1.safetensors"}), "in no shard (model.extra)"),
+    "index, one shard that lacks a tensor": Case(with_index(lambda m: dict.fromkeys(m, "model-1.safetensors")), "in no shard"),
+    "index, not JSON": Case(with_index(lambda m: "{"), "not valid JSON"),
+    "index, no weight_map": Case(with_index(lambda m: "{}"), "has no weight_map"),
+    "config.json missing": Case(lambda f: port(f, _without(model(f), "config.json")), "is not a model that edgeport reads"),
+    "config.json, not JSON": Case(with_config("{'a': 1}"), "config.json is not valid JSON"),
+    "config.json, a list": Case(with_config("[]"), "where a JSON object was expected"),
+    "config.json, quantized": Case(with_config(quantization_config={"quant_method": "gptq"}), "is quantized (gptq)"),
+    "config.json, quantization_config without a method": Case(with_config(quantization_config=[1]), "quantization_config"),
+    "weights missing": Case(lambda f: port(f, _without(model(f), "model.safetensors")), "holds none of model.safetensors"),
+    ".bin, a pickle that runs code, zipped": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=True), "holds more than tensors"),
+    ".bin, a pickle that runs code, bare": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=False), "is not a zip file"),
+    ".bin, a list instead of a table": Case(
+        with_bin(lambda f: [1, 2], zipped=True), "list where a table of tensors was expected"),
+    ".bin, a number among the tensors": Case(with_bin(lambda f: {"a": 3}, zipped=True), "a is a int where a tensor"),
+    # GGUF
+    "GGUF, truncated": Case(with_gguf(lambda d: d[:-400]), "it is cut short"),
+    "GGUF, truncated in the header": Case(with_gguf(lambda d: d[:90]), "the file ends"),
+    "GGUF, bad magic": Case(with_gguf(lambda d: b"GGUX" + d[4:]), "starts with b'GGUF'"),
+    "GGUF, empty file": Case(with_gguf(lambda d: b""), "at least 24 bytes"),
+    "GGUF, absurd count of tensors": Case(with_gguf(lambda d: put(d, 8, 1 << 62, 8)), "tensors are promised"),
+    "GGUF, absurd count of keys": Case(with_gguf(lambda d: put(d, 16, 1 << 62, 8)), "keys and"),
+    "GGUF, unknown version": Case(with_gguf(lambda d: put(d, 4, 9, 4)), "version 9 came"),
+    "GGUF, big-endian": Case(with_gguf(lambda d: put(d, 4, 3 << 24, 4)), "big-endian GGUF is not supported"),
+    "GGUF, overlapping tensors": Case(with_gguf(lambda d: put(d, info(d) + 4, 0, 8)), "overlap at byte"),
+    "GGUF, a tensor outside of the file": Case(with_gguf(lambda d: put(d, info(d) + 4, 1 << 40, 8)), "it is cut short"),
+    "GGUF, unknown ggml type": Case(with_gguf(lambda d: put(d, info(d), 999, 4)), "ggml type 999"),
+    "GGUF, absurd shape": Case(with_gguf(lambda d: put(d, info(d) - 16, 1 << 62, 8)), "impossible shape"),
+    "GGUF, unknown architecture": Case(with_gguf(arch="mamba9"), "architecture 'mamba9'"),
+    "GGUF, no settings": Case(with_gguf(), "metadata does not give"),
+    "GGUF, one of two files missing": Case(missing_split, "base-00002-of-00002.gguf is missing"),
+    # the patch
+    "patch, not a folder of a patch": Case(lambda f: port(f, None, _empty(f / "empty")), "is not a patch that edgeport reads"),
+    "patch, config without tensors": Case(
+        lambda f: port(f, None, _without(patch(f), "adapter_model.safetensors")), "none of adapter_model"),
+    "patch, config not JSON": Case(lambda f: port(f, None, _with(patch(f), "adapter_config.json", "{")), "not valid JSON"),
+    "patch, a whole model": Case(lambda f: port(f, model(f), model(f, "tuned")), "is a whole model, not a patch"),
+    "patch given as the base": Case(lambda f: port(f, patch(f), f / "patch"), "it is a patch; give it as --patch"),
+    "patch for another architecture": Case(
+        with_patch(lambda: factors(module="attn.c_attn")), "attn.c_attn.weight, which base does not have; is org/base of"),
+    "patch of another shape": Case(with_patch(lambda: factors(inner=48, outer=48)), "of shape [48, 48]"),
+    "patch, ranks of A and B differ": Case(with_patch(lambda: factors() | {LORA_B: noise((HIDDEN, 3), 1)}), "rank 4 and 3"),
+    "patch, rank of the config differs": Case(with_patch(rank_pattern={"q_proj": 9}), "the rank 9, and its tensors have 4"),
+    "patch, rank 0": Case(with_patch(lambda: factors(rank=0), rank=0), "rank 0"),
+    "patch, alpha is a word": Case(with_patch(lora_alpha="much"), "lora_alpha"),
+    "patch, alpha is not finite": Case(with_patch(lora_alpha=float("nan")), "lora_alpha"),
+    "patch, alpha_pattern is a list": Case(with_patch(alpha_pattern=["q_proj"]), "alpha_pattern"),
+    "patch, alpha_pattern is no regular expression": Case(with_patch(alpha_pattern={"q_proj(": 3}), "alpha_pattern"),
+    "patch, only lora_A": Case(with_patch(lambda: {LORA_A: factors()[LORA_A]}), "only one of its two LoRA factors"),
+    "patch, a tensor of unknown kind": Case(
+        with_patch(lambda: factors() | {"base_model.model.router": noise((4,), 1)}), "1 of the 3 tensors in patch would"),
+    "patch, factors in whole numbers": Case(lambda f: port(f, None, _retyped(patch(f), "I32")), "I32"),
+    "patch, NaN in a factor": Case(with_patch(lambda: spoiled(LORA_B, np.nan, factors())), "holds NaN or infinity"),
+    "patch, infinity in the weight it changes": Case(
+        with_base(lambda: spoiled(Q_WEIGHT, np.inf, weights())), "the base holds NaN or infinity"),
+    "patch, the sum overflows f16": Case(f16_overflow, "does not fit F16"),
+    "patch, of another kind": Case(with_patch(peft_type="LOHA"), "of kind LOHA"),
+    "patch, use_dora": Case(with_patch(use_dora=True), "use_dora"),
+    "patch, lora_bias": Case(with_patch(lora_bias=True), "lora_bias"),
+    "patch, target_parameters": Case(with_patch(target_parameters=["experts.down"]), "target_parameters"),
+    **{f"patch, initialised by {init}": Case(with_patch(init_lora_weights=init), f"initialised by {init}")
+       for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda")},
+    "patch, scale is not finite": Case(lambda f: port(f, None, f"{patch(f)}:nan"), "the scale nan", 2),
+    "patch made on another base": Case(wrong_base, "was made on a base with fingerprint 0000"),
+    "patch, its record of the base is not JSON": Case(
+        lambda f: port(f, None, _with(patch(f), "edgeport.json", "{")), "edgeport.json is not valid JSON"),
+    "old base of another shape": Case(with_old_base(NORM, (48,)), "[48]"),
+    "old base of another width": Case(with_old_base(Q_WEIGHT, (48, 48)), "[48, 48]"),
+    "new base of another shape": Case(with_base(lambda: weights() | {Q_WEIGHT: noise((48, 32), 1)}), "the base has [48, 32]"),
+    # what the output asks
+    "output exists": Case(
+        lambda f: port(f, None, None, to=_empty(f / "out").name), "exists already; give another -o or --overwrite"),
+    "output exists as a file": Case(beside("out", "keep"), "exists already"),
+    "output is a folder of others, --overwrite": Case(beside("out", None), "that edgeport did not write"),
+    "output is a file of others, --overwrite": Case(beside("out", "mine"), "that edgeport did not write"),
+    "output GGUF is a folder, --overwrite": Case(gguf_over_a_folder, "is a folder that edgeport did not write"),
+    "output in a folder that is missing": Case(with_flags(to="no/such/out"), "does not exist; make it first"),
+    "output in a read-only folder": Case(with_flags(), "Read-only file system", world=read_only),
+    "output GGUF without .gguf": Case(with_flags("--to", "gguf"), "should end in .gguf"),
+    "disk too small": Case(with_flags(), "free", 4, small_disk),
+    "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
+    "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),
+    "--max-ram negative": Case(with_flags("--max-ram", "-1"), "'-1' is not a size", 2),
+    "--max-shard-size nonsense": Case(with_flags("--max-shard-size", "5 bananas"), "is not a size", 2),
+    "--to unknown": Case(with_flags("--to", "ggfu"), "did you mean 'gguf'?", 2),
+    "--quant unknown, hf": Case(with_flags("--quant", "f17"), "did you mean 'f16'?", 2),
+    "--quant unknown, gguf": Case(to_gguf("--quant", "Q4_KM"), "did you mean 'Q4_K_M'?", 2),
+    "--tensor-type malformed": Case(with_flags("--tensor-type", "attn"), "is not of the form REGEX=TYPE", 2),
+    "--tensor-type no regular expression": Case(
+        to_gguf("--quant", "Q8_0", "--tensor-type", "attn(=Q8_0"), "no regular expression", 2),
+    "--tensor-type matches nothing": Case(to_gguf("--quant", "Q8_0", "--tensor-type", "attn_z=Q8_0"), "is found in no name", 2),
+    "--tensor-type of an unknown type": Case(
+        to_gguf("--quant", "Q8_0", "--tensor-type", "attn=Q9_0"), "no ggml type is called 'Q9_0'", 2),
+    "--tensor-type for hf": Case(with_flags("--tensor-type", "attn=Q8_0"), "are for --to gguf"),
+    "--device unknown": Case(with_flags("--device", "tpu"), "not one of auto, cpu, cuda", 2),
+    "option unknown": Case(with_flags("--quantum"), "No such option", 2),
+    "verb unknown": Case(lambda f: ["prot"], "No such command", 2),
+    "path that does not exist": Case(lambda f: port(f, "./no-such-folder"), "does not exist; give a folder"),
+    "hub name, --offline": Case(
+        lambda f: port(f, "nobody-at-all/nothing", None, "--offline"), "the network is not used (offline)"),
+    # what the model says
+    "a value that is not finite": Case(not_finite, "lm_head.weight: the base holds NaN or infinity"),
+    "more tokens than the embedding has rows": Case(too_many_tokens, "has 321 tokens and the embedding 320 rows"),
+    "embedding and head of different sizes": Case(uneven_head, "would have 300 and 320 rows"),
+    "vocab_size is a list": Case(with_config(vocab_size=[1]), "config.json says vocab_size [1]"),
+    "vocab_size is not the embedding's": Case(
+        with_config(vocab_size=300), "the embedding has 320 rows, and config.json says vocab_size 300"),
+    "no tokenizer for a GGUF": Case(to_gguf(), "no tokenizer.json"),
+    "architecture without a GGUF table": Case(other_architecture, "no GGUF table for MambaForCausalLM"),
+    # verify
+    "verify, a byte has changed": Case(tampered(changed_byte), "model.safetensors has changed since"),
+    "verify, a file is shorter": Case(
+        tampered(lambda o: os.truncate(o / "model.safetensors", 99)), "has 99 bytes; its manifest says"),
+    "verify, a file is missing": Case(
+        tampered(lambda o: (o / "config.json").unlink()), "config.json is in the manifest and not in"),
+    "verify, a file too many": Case(tampered(lambda o: (o / "extra.txt").write_text("")), "extra.txt in"),
+    "verify, the manifest is cut short": Case(
+        tampered(lambda o: os.truncate(o / "edgeport.json", 99)), "edgeport.json is not valid JSON"),
+    "verify, no manifest": Case(tampered(lambda o: (o / "edgeport.json").unlink()), "has no manifest"),
+    "verify, another manifest": Case(
+        tampered(lambda o: (o / "edgeport.json").write_text('{"edgeport": 1, "files": {"a": 3}}')), "not a manifest of edgeport"),
+    "verify, a manifest that names a file elsewhere": Case(
+        tampered(lambda o: _renamed(o, "../base")), "'../base', which is not a file beside it"),
+}  # fmt: skip
+
+
+def _empty(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def _with(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder
+
+
+def _retyped(folder: Path, dtype: str) -> Path:
+    file = folder / "adapter_model.safetensors"
+    header, data = parted(file.read_bytes())
+    file.write_bytes(spelled({name: fields | {"dtype": dtype} for name, fields in header.items()}, data))
+    return folder
+
+
+def _renamed(output: Path, name: str) -> None:
+    manifest = json.loads((output / "edgeport.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("config.json")
+    (output / "edgeport.json").write_text(json.dumps(manifest))
+
+
+# Running them.
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    code: int
+    output: str
+    error: str
+
+
+def run(argv: Sequence[str]) -> Answer:
+    """What the command line answers, in this process. An exception that is a bug of edgeport's passes through."""
+    from edgeport.cli import app
+
+    done = CliRunner().invoke(app, list(argv))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return Answer(done.exit_code, done.stdout, done.stderr)
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every path below a folder, hidden ones too, and what is in it."""
+    paths = sorted(folder.rglob("*"))
+    held = {path: sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder" for path in paths}
+    return {str(path.relative_to(folder)): what for path, what in held.items()}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print("| case | exit code | message |\n|---|---|---|")
+    for name, case in CASES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            argv = case.make(folder)
+            before = listing(folder)
+            try:
+                with case.world():
+                    answer = run(argv)
+                said, code = " ".join(answer.error.split()).replace(scratch, "").replace("|", "\\|"), str(answer.code)
+            except Exception as error:
+                said, code = f"BUG: {error!r}", "traceback"
+            litter = sorted(listing(folder).items() ^ before.items())
+        print(f"| {name} | {code} | {said}{f' LITTER: {litter}' if litter else ''} |")
+
+
+if __name__ == "__main__":
+    main()

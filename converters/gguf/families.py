@@ -1,0 +1,393 @@
+"""Model families as tables: what llama.cpp calls a transformers model's settings and tensors, and the way back.
+
+The names are those that llama.cpp's convert_hf_to_gguf writes (its `conversion` folder), tensor names by way of
+gguf-py's own map. A setting that llama.cpp would ignore is refused, not dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from converters.gguf.keyvalues import KV, kv
+from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture, need
+from edgeport.tensor import AS_IS, Arrangement
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Metadata key after the architecture's name, config.json key, GGUF type.
+SETTINGS = (
+    ("block_count", "num_hidden_layers", "UINT32"),
+    ("context_length", "max_position_embeddings", "UINT32"),
+    ("embedding_length", "hidden_size", "UINT32"),
+    ("feed_forward_length", "intermediate_size", "UINT32"),
+    ("attention.head_count", "num_attention_heads", "UINT32"),
+    ("attention.head_count_kv", "num_key_value_heads", "UINT32"),
+    ("attention.key_length", "head_dim", "UINT32"),
+    ("attention.value_length", "head_dim", "UINT32"),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "FLOAT32"),
+    ("vocab_size", "vocab_size", "UINT32"),
+)
+GEMMA2_SETTINGS = (
+    ("attn_logit_softcapping", "attn_logit_softcapping", "FLOAT32"),
+    ("final_logit_softcapping", "final_logit_softcapping", "FLOAT32"),
+    ("attention.sliding_window", "sliding_window", "UINT32"),
+)
+YARN = (
+    ("rope.scaling.original_context_length", "original_max_position_embeddings", "UINT32"),
+    ("rope.scaling.yarn_beta_fast", "beta_fast", "FLOAT32"),
+    ("rope.scaling.yarn_beta_slow", "beta_slow", "FLOAT32"),
+)
+
+# transformers' names of the tensors of all families; gguf-py's map says which of them an architecture has.
+TENSORS = (
+    "model.embed_tokens",
+    "model.norm",
+    "lm_head",
+    *(
+        "model.layers.{}." + name
+        for name in (
+            "input_layernorm",
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "self_attn.q_norm",
+            "self_attn.k_norm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    ),
+)
+
+# Buffers that old checkpoints store and every program computes for itself.
+DROPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+
+ROPE_FREQS = "rope_freqs.weight"
+LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture of llama.cpp, and the transformers models that it runs.
+
+    `permuted`: rows of q and k go in interleaved pairs. `norm_shift`: what llama.cpp wants added to norm weights.
+    """
+
+    arch: str
+    classes: tuple[str, ...]
+    model_types: tuple[str, ...]
+    activation: str = "silu"
+    settings: tuple[tuple[str, str, str], ...] = SETTINGS
+    permuted: bool = False
+    norm_shift: float = 0.0
+    biased: tuple[str, ...] = ()
+    """config.json's switches for bias terms that llama.cpp has."""
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """What this family's config.json may leave out."""
+
+    def metadata(self, config: Mapping[str, Any]) -> dict[str, KV]:
+        """`general.architecture` and everything under the architecture's name.
+
+        Raises UnsupportedArchitecture where llama.cpp would compute something else, ConvertError where config.json
+        lacks a setting.
+        """
+        config = self._full(config)
+        self._check(config)
+        metadata = {"general.architecture": kv("STRING", self.arch)}
+        for key, name, kind in self.settings:
+            if (value := config.get(name)) is None:
+                raise ConvertError(f"config.json says nothing of {name}, which a GGUF of {self.arch} needs")
+            metadata[f"{self.arch}.{key}"] = kv(kind, value)
+        rope = _rope(config)
+        metadata[f"{self.arch}.rope.dimension_count"] = kv("UINT32", config["head_dim"])
+        metadata[f"{self.arch}.rope.freq_base"] = kv("FLOAT32", rope["rope_theta"])
+        if rope["rope_type"] in ("linear", "yarn"):
+            metadata[f"{self.arch}.rope.scaling.type"] = kv("STRING", rope["rope_type"])
+            metadata[f"{self.arch}.rope.scaling.factor"] = kv("FLOAT32", rope["factor"])
+        if rope["rope_type"] == "yarn":
+            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+            metadata |= {f"{self.arch}.{key}": kv(kind, rope[name]) for key, name, kind in YARN if rope.get(name)}
+        return metadata
+
+    def config(self, metadata: Mapping[str, Any], rope_freqs: NDArray[np.float32] | None = None) -> dict[str, Any]:
+        """config.json of a GGUF, from its metadata (name to value) and its `rope_freqs.weight` where it has one.
+
+        Whether embedding and head are tied, and have biases, is in the list of tensors: the caller adds
+        `tie_word_embeddings` and what `biases` says. Raises ConvertError, UnmappedTensor.
+        """
+        under = {key.removeprefix(f"{self.arch}."): value for key, value in metadata.items()}
+        # Of the families with one architecture, the first is what a GGUF of it is read as.
+        read_as = family_of(self.arch)
+        config: dict[str, Any] = {"architectures": [read_as.classes[0]], "model_type": read_as.model_types[0]}
+        config["hidden_act" if self.activation == "silu" else "hidden_activation"] = self.activation
+        for key, name, kind in self.settings:
+            if key in under:
+                config[name] = _shortest(under[key]) if kind == "FLOAT32" else under[key]
+        if "vocab_size" not in config and "tokenizer.ggml.tokens" in metadata:
+            config["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
+        # llama.cpp's own rule; the defaults of a transformers class are of no account here.
+        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        if "head_dim" not in config and config.get("num_attention_heads") and config.get("hidden_size"):
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        missing = sorted({name for _, name, _ in self.settings if config.get(name) is None})
+        if missing:
+            raise ConvertError(f"the GGUF's metadata does not give {', '.join(missing)}")
+        if self.arch == "gemma2":
+            config["query_pre_attn_scalar"] = _gemma2_scalar(config)
+        config["rope_theta"] = theta = _shortest(under.get("rope.freq_base", 10000.0))
+        scaling = under.get("rope.scaling.type", "none")
+        if rope_freqs is not None:
+            config["rope_scaling"] = llama3_scaling(rope_freqs, config["head_dim"], theta)
+        elif scaling in ("linear", "yarn"):
+            config["rope_scaling"] = {"rope_type": scaling, "factor": _shortest(under["rope.scaling.factor"])}
+            found = {name: under[key] for key, name, _ in YARN if scaling == "yarn" and key in under}
+            config["rope_scaling"] |= {k: _shortest(v) if isinstance(v, float) else v for k, v in found.items()}
+        elif scaling != "none":
+            raise UnsupportedArchitecture(f"rope scaling {scaling!r} of the GGUF has no counterpart here")
+        for name in ("bos", "eos", "pad"):
+            key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
+            config[f"{name}_token_id"] = metadata.get(key)
+        return config
+
+    def biases(self, gguf_names: Container[str]) -> dict[str, bool]:
+        """config.json's bias switches, as the GGUF's tensor names tell."""
+        signs = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+        return {switch: signs[switch] in gguf_names for switch in family_of(self.arch).biased}
+
+    def dropped(self, hf_name: str) -> bool:
+        """Whether the tensor carries nothing that an output needs."""
+        return DROPPED.fullmatch(hf_name) is not None
+
+    def tensor(self, hf_name: str, config: Mapping[str, Any]) -> tuple[str, Arrangement]:
+        """The GGUF name of a transformers tensor, and how its values lie there. Raises UnmappedTensor."""
+        template, layer, suffix = _take_apart(hf_name, r"(model\.layers\.)(\d+)(\..+)")
+        target = _names(self.arch).get(template)
+        if target is None or not suffix or (layer is not None and int(layer) >= config["num_hidden_layers"]):
+            raise UnmappedTensor(f"a GGUF of {self.arch} has no place for the tensor {hf_name}")
+        return target.format(layer) + suffix, self._arrangement(template, suffix, config)
+
+    def hf_name(self, gguf_name: str) -> str:
+        """The transformers name of a GGUF tensor. Raises UnmappedTensor."""
+        template, layer, suffix = _take_apart(gguf_name, r"(blk\.)(\d+)(\..+)")
+        for name, target in _names(self.arch).items():
+            if target == template and suffix:
+                return name.format(layer) + suffix
+        raise UnmappedTensor(f"transformers has no place for the tensor {gguf_name} of a GGUF of {self.arch}")
+
+    def constants(self, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Tensors that a GGUF needs and a checkpoint has not."""
+        rope = _rope(config)
+        if rope["rope_type"] != "llama3":
+            return {}
+        return {ROPE_FREQS: llama3_factors(rope, self._full(config)["head_dim"])}
+
+    def _arrangement(self, template: str, suffix: str, config: Mapping[str, Any]) -> Arrangement:
+        full = self._full(config)
+        heads = {"q_proj": full["num_attention_heads"], "k_proj": full["num_key_value_heads"]}
+        module = template.rpartition(".")[2]
+        if self.permuted and module in heads:
+            return Arrangement(heads=heads[module])
+        if self.norm_shift and module.endswith("norm") and suffix == ".weight":
+            return Arrangement(shift=self.norm_shift)
+        return AS_IS
+
+    def _full(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config` with what transformers fills in."""
+        full = {**dict(self.defaults), **{name: value for name, value in config.items() if value is not None}}
+        if "num_attention_heads" in full and "hidden_size" in full:
+            full.setdefault("num_key_value_heads", full["num_attention_heads"])
+            full.setdefault("head_dim", full["hidden_size"] // full["num_attention_heads"])
+        return full
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        """Raises UnsupportedArchitecture for settings that llama.cpp has no word for."""
+        refused = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and name not in self.biased]
+        rope = _rope(config)
+        if rope["rope_type"] not in self.rope_types:
+            refused.append(f"rope_type {rope['rope_type']!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            refused.append("partial_rotary_factor")
+        refused += [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+        if rope["rope_type"] == "yarn":
+            # llama.cpp scales attention by this formula, and has no setting for corrections that are not rounded.
+            usual = 0.1 * math.log(rope["factor"]) + 1.0
+            if not math.isclose(rope.get("attention_factor", usual), usual) or not rope.get("truncate", True):
+                refused.append("attention_factor or truncate of yarn")
+        for name in ("hidden_act", "hidden_activation"):
+            if name in config and config[name] != self.activation and name != self._unused():
+                refused.append(f"{name} {config[name]!r}")
+        layers = config.get("num_hidden_layers", 0)
+        if self.arch == "gemma2":
+            alternate = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+            if config.get("layer_types", alternate) != alternate:
+                refused.append("layer_types")
+            if config.get("query_pre_attn_scalar") != _gemma2_scalar(config):
+                refused.append(f"query_pre_attn_scalar {config.get('query_pre_attn_scalar')}")
+            if config.get("use_bidirectional_attention"):
+                refused.append("use_bidirectional_attention")
+        elif config.get("use_sliding_window") and config.get("max_window_layers", 28) < layers:
+            refused.append("use_sliding_window")
+        if refused:
+            raise UnsupportedArchitecture(f"llama.cpp's {self.arch} does not compute: {', '.join(refused)}")
+
+    def _unused(self) -> str:
+        """Gemma's first configs have a hidden_act that its code does not read."""
+        return "hidden_act" if self.arch == "gemma2" else ""
+
+
+_LLAMA = Family(
+    "llama",
+    ("LlamaForCausalLM",),
+    ("llama",),
+    permuted=True,
+    biased=("attention_bias", "mlp_bias"),
+    rope_types=("default", "linear", "yarn", "llama3"),
+    defaults=(("max_position_embeddings", 2048), ("rms_norm_eps", 1e-6)),
+)
+
+_QWEN_DEFAULTS = (("max_position_embeddings", 32768), ("rms_norm_eps", 1e-6), ("num_key_value_heads", 32))
+
+FAMILIES = (
+    _LLAMA,
+    # Mistral's sliding window is not among a "llama" GGUF's settings: beyond the window llama.cpp attends to all.
+    replace(
+        _LLAMA,
+        classes=("MistralForCausalLM",),
+        model_types=("mistral",),
+        biased=(),
+        defaults=(("max_position_embeddings", 131072), ("rms_norm_eps", 1e-6), ("num_key_value_heads", 8)),
+    ),
+    Family(
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        ("gemma2",),
+        activation="gelu_pytorch_tanh",
+        settings=SETTINGS + GEMMA2_SETTINGS,
+        norm_shift=1.0,
+        rope_types=("default", "linear"),
+        defaults=(
+            ("max_position_embeddings", 8192),
+            ("rms_norm_eps", 1e-6),
+            ("head_dim", 256),
+            ("num_key_value_heads", 4),
+            ("query_pre_attn_scalar", 256),
+        ),
+    ),
+    Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), defaults=_QWEN_DEFAULTS),
+    Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), defaults=(*_QWEN_DEFAULTS, ("head_dim", 128))),
+)
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises UnsupportedArchitecture."""
+    classes = tuple(config.get("architectures") or ())
+    for entry in FAMILIES:
+        if set(classes) & set(entry.classes) or (not classes and config.get("model_type") in entry.model_types):
+            return entry
+    known = ", ".join(name for entry in FAMILIES for name in entry.classes)
+    raise UnsupportedArchitecture(
+        f"no GGUF table for {', '.join(classes) or config.get('model_type') or 'a config.json without architectures'};"
+        f" supported: {known}"
+    )
+
+
+def family_of(arch: str) -> Family:
+    """The family of a GGUF's `general.architecture`. Raises UnsupportedArchitecture."""
+    for entry in FAMILIES:
+        if entry.arch == arch:
+            return entry
+    known = ", ".join(sorted({entry.arch for entry in FAMILIES}))
+    raise UnsupportedArchitecture(f"no table for a GGUF of architecture {arch!r}; supported: {known}")
+
+
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
+    """[head_dim / 2] divisors of the rotary frequencies (`LlamaModel.generate_extra_tensors` of the converter).
+
+    float32 at every step, as there: the file is to be the same to the bit.
+    """
+    import numpy as np
+
+    low, high, context = (rope.get(name, default) for name, default in LLAMA3_DEFAULTS.items())
+    factor = rope.get("factor", 8.0)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # Powers in float64, then rounded: numpy's own float32 powers are off by a bit here and there.
+    frequencies = 1 / np.power(float(rope["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    smooth = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = 1 / ((1 - smooth) / np.float32(factor) + smooth)
+    factors = np.where(wavelengths < context / high, 1, np.where(wavelengths > context / low, factor, between))
+    return factors.astype(np.float32)
+
+
+def llama3_scaling(factors: NDArray[np.float32], head_dim: int, theta: float) -> dict[str, Any]:
+    """The `rope_scaling` whose `llama3_factors` these are. Raises UnmappedTensor where no known one is."""
+    import numpy as np
+
+    # The lowest frequencies are divided by the whole factor, so it can be read off the end.
+    rope = {"rope_type": "llama3", "factor": _shortest(float(factors[-1])), **LLAMA3_DEFAULTS}
+    expected = llama3_factors({**rope, "rope_theta": theta}, head_dim)
+    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
+        raise UnmappedTensor(
+            f"{ROPE_FREQS} holds factors that are not Llama 3's formula with a factor of {rope['factor']:g}:"
+            " transformers has no setting for them"
+        )
+    return rope
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one dict, from transformers 4's two keys or transformers 5's one."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UnsupportedArchitecture("config.json has rotary settings for each kind of layer, which no GGUF here can say")
+    if config.get("original_max_position_embeddings"):
+        rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+    return rope
+
+
+def _gemma2_scalar(config: Mapping[str, Any]) -> int:
+    """llama.cpp's attention scale, which it takes from the layer count (src/models/gemma2.cpp): 46 layers are 27B."""
+    if config["num_hidden_layers"] == 46:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
+
+
+@lru_cache
+def _names(arch: str) -> dict[str, str]:
+    """transformers name to GGUF name, both without suffix and with {} for the layer."""
+    gguf = need("gguf", "gguf")
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(key, 1)
+    found = {template: names.get_name(template.format(0)) for template in TENSORS}
+    return {template: name.replace("blk.0.", "blk.{}.") for template, name in found.items() if name}
+
+
+def _take_apart(name: str, pattern: str) -> tuple[str, str | None, str]:
+    """(name with {} for the layer and without suffix, layer, suffix); the suffix is empty where it is not known."""
+    stem, dot, last = name.rpartition(".")
+    suffix = dot + last if last in ("weight", "bias") else ""
+    if match := re.fullmatch(pattern, stem):
+        return f"{match[1]}{{}}{match[3]}", match[2], suffix
+    return stem, None, suffix
+
+
+def _shortest(value: float) -> float:
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value)))

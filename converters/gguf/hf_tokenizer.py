@@ -1,0 +1,152 @@
+"""A GGUF's tokenizer as the files of an HF folder.
+
+transformers reads a GGUF's tokenizer too (`from_pretrained(folder, gguf_file=name)`), but drops what it has no table
+for, such as SmolLM's cutting of numbers into digits, so the files are written here and transformers only loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.gguf.header import read_header
+from converters.gguf.pretokenizers import named
+from converters.gguf.vocab_spm import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from edgeport.errors import ConvertError, UnsupportedArchitecture
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+
+
+def write_tokenizer(gguf_path: Path, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat templates of the GGUF at `gguf_path` into `folder`."""
+    header = read_header(gguf_path)
+    kv = {name: header.value(name) for name in header.kv if name.startswith("tokenizer.")}
+    for name, text in tokenizer_files(kv).items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
+    """File name to content, from GGUF metadata (name to value). Raises UnsupportedArchitecture."""
+    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in kv.items()}
+    if "tokens" not in ggml:
+        raise ConvertError("the GGUF holds no tokenizer: it has no tokenizer.ggml.tokens")
+    kind = ggml.get("model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedArchitecture(f"a GGUF tokenizer of kind {kind!r} has no table here; known: gpt2, llama")
+    types = ggml.get("token_type") or [1] * len(ggml["tokens"])
+    # Rows without a token are the embedding's, not the tokenizer's.
+    tokens = {index: text for index, text in enumerate(ggml["tokens"]) if types[index] != UNUSED}
+    shape = _bpe(ggml, tokens) if kind == "gpt2" else _spm(ggml, tokens, types)
+    special = {name: tokens[ggml[key]] for name, key in _SPECIAL.items() if ggml.get(key) in tokens}
+    added = [
+        {
+            "id": index,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[index] != USER_DEFINED,
+        }
+        for index, text in tokens.items()
+        if types[index] in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+    adds = {name: name in special and bool(ggml.get(f"add_{name}_token", _adds(ggml, name))) for name in ("bos", "eos")}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        **shape,
+        "post_processor": _post_processor(adds, {name: (special[name], ggml[_SPECIAL[name]]) for name in special}),
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"add_{name}_token": value for name, value in adds.items()},
+        **{f"{name}_token": text for name, text in special.items()},
+    }
+    files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False)}
+    files["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2)
+    if "tokenizer.chat_template" in kv:
+        files["chat_template.jinja"] = kv["tokenizer.chat_template"]
+    for name in kv.get("tokenizer.chat_templates") or []:
+        files[f"additional_chat_templates/{name}.jinja"] = kv[f"tokenizer.chat_template.{name}"]
+    return files
+
+
+def _adds(ggml: Mapping[str, Any], name: str) -> bool:
+    """What llama.cpp does where the file does not say."""
+    return name == "bos" and (ggml["model"] == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "tekken"))
+
+
+def _bpe(ggml: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
+    if "pre" not in ggml or "merges" not in ggml:
+        raise UnsupportedArchitecture("the GGUF does not say how its tokenizer cuts text (tokenizer.ggml.pre, merges)")
+    pre = named(ggml["pre"])
+    # Added tokens too: `tokenizers` gives those that are not in the vocabulary other ids, from its end on.
+    words = {text: index for index, text in tokens.items()}
+    return {
+        "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
+        "pre_tokenizer": pre.section(),
+        "decoder": _BYTE_LEVEL,
+        "model": _model(words, [line.split(" ") for line in ggml["merges"]], ignore_merges=pre.ignore_merges),
+    }
+
+
+def _spm(ggml: Mapping[str, Any], tokens: Mapping[int, str], types: list[int]) -> dict[str, Any]:
+    scores = ggml["scores"]
+    prefix = bool(ggml.get("add_space_prefix", True))
+    unknown = tokens.get(ggml.get("unknown_token_id", 0))
+    words = {text.replace(" ", SPACE) if types[index] == USER_DEFINED else text: index for index, text in tokens.items()}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    joined = {text: index for text, index in words.items() if types[index] not in (BYTE, CONTROL, UNKNOWN)}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _model(words, _merges(joined, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True),
+    }
+
+
+def _merges(words: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two, best piece first: what llama.cpp finds by score (see vocab_spm)."""
+    pairs = (
+        (-scores[index], index, at, text)
+        for text, index in words.items()
+        for at in range(1, len(text))
+        if text[:at] in words and text[at:] in words
+    )
+    return [(text[:at], text[at:]) for _, _, at, text in sorted(pairs)]
+
+
+def _model(vocab: Mapping[str, int], merges: Iterable[Any], **settings: Any) -> dict[str, Any]:
+    plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE", **plain, **flags, **settings, "vocab": dict(vocab), "merges": list(merges)}
+
+
+def _post_processor(adds: Mapping[str, bool], special: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        text = {"Sequence": {"id": sequence, "type_id": type_id}}
+        before, after = (
+            [{"SpecialToken": {"id": special[name][0], "type_id": type_id}}] if adds[name] else []
+            for name in ("bos", "eos")
+        )
+        return [*before, text, *after]
+
+    used = [special[name] for name in ("bos", "eos") if adds[name]]
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {text: {"id": text, "ids": [index], "tokens": [text]} for text, index in used},
+    }

@@ -1,0 +1,200 @@
+"""The transformers folder: safetensors or `.bin`, one file or shards, with config and tokenizer files beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_range, safetensors_bytes
+from edgeport.codecs.plain import TYPES
+from edgeport.errors import AmbiguousFormat, ConvertError, CorruptCheckpoint, MissingTensor, NotACheckpoint, UnknownName
+from edgeport.registry import claim, codec, miss
+from edgeport.seams import FileLayout, Source, Target
+from edgeport.tensor import TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# in the order of preference
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ASSETS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template*", "*.tiktoken", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = ("F64", "F32", "F16", "BF16")
+DEFAULT_SHARD_BYTES = 5 * 10**9
+PEEK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A transformers folder, opened by its headers."""
+
+    path: Path
+    config: Mapping[str, Any]
+    stored: Mapping[str, Stored]
+    weights: Mapping[str, Weight]
+    files: Sequence[Path]
+    container: str = "hf"
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        place = self.stored[spec.name]
+        return read_range(place.path, place.offset + start, place.offset + stop)
+
+    def assets(self, staging: Path) -> Mapping[str, Path]:
+        return asset_files(self.path)
+
+
+def asset_files(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer and generation files of a folder, by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in ASSETS)}
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that hold the weights. Raises NotACheckpoint, CorruptCheckpoint for a shard outside the folder."""
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        raise NotACheckpoint(f"{folder} holds none of {', '.join(SINGLE_FILES + INDEXES)}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CorruptCheckpoint(f"{index.name} has no weight_map of tensor names to file names")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CorruptCheckpoint(f"{index.name} names the shard {name!r}, which is not a file of the same folder")
+        if not (folder / name).is_file():
+            raise NotACheckpoint(f"{index.name} names the shard {name}, which is missing from {folder}")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def open_folder(path: Path) -> Folder:
+    if not (path / "config.json").is_file():
+        raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "a quantization_config of no known form"
+        raise AmbiguousFormat(
+            f"{path} is quantized ({method}), which edgeport does not read yet; give the unquantized folder or a GGUF file"
+        )
+    files = checkpoint_files(path)
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, place in open_checkpoint(file).items():
+            if name in stored:
+                raise CorruptCheckpoint(f"tensor {name} stands in {stored[name].path.name} and in {file.name}")
+            stored[name] = place
+    index = next((path / name for name in INDEXES if files[0].name not in SINGLE_FILES and (path / name).is_file()), None)
+    absent = sorted(set(read_json(index)["weight_map"]) - set(stored)) if index else []
+    if index and absent:
+        more = " ..." if len(absent) > 5 else ""
+        raise MissingTensor(f"{len(absent)} of the tensors in {index.name} are in no shard ({', '.join(absent[:5])}{more})")
+    specs = {name: place.spec for name, place in stored.items()}
+
+    def peek(name: str) -> bytes:
+        if specs[name].nbytes > PEEK_BYTES:
+            raise CorruptCheckpoint(f"{name} has {specs[name].nbytes} bytes, where a few were expected")
+        return bytes(read_range(stored[name].path, stored[name].offset, stored[name].offset + specs[name].nbytes))
+
+    weights = {weight.name: weight for weight in claim(specs, config, peek)}
+    return Folder(path, config, stored, weights, files)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSink:
+    """Writes a transformers folder of plain numbers."""
+
+    source: Source
+    target: Target
+    format: str | None
+    folder: bool = True
+    importance: Mapping[str, Tensor] | None = None
+    notes: Sequence[str] = ()
+
+    def place(self, weight: Weight) -> Weight:
+        format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
+        return codec("plain").layout(weight.name, weight.shape, format)
+
+    def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
+        shards = self.shards(weights)
+        layouts = []
+        for name, specs in shards.items():
+            header, ranges = safetensors_bytes(specs, {"format": "pt"})
+            size = len(header) + sum(spec.nbytes for spec in specs.values())
+            layouts.append(FileLayout(name, size, ((0, header),), ranges))
+        if len(shards) > 1:
+            total = sum(spec.nbytes for specs in shards.values() for spec in specs.values())
+            parameters = sum(weight.elements for weight in weights)
+            weight_map = {name: shard for shard, specs in shards.items() for name in specs}
+            index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+            layouts.append(_whole(INDEXES[0], json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"))
+        return layouts
+
+    def shards(self, weights: Sequence[Weight]) -> dict[str, dict[str, TensorSpec]]:
+        """Weights in order, cut where the next would exceed --max-shard-size, as transformers cuts them."""
+        limit = self.target.max_shard_bytes or DEFAULT_SHARD_BYTES
+        groups: list[dict[str, TensorSpec]] = [{}]
+        filled = 0
+        for weight in weights:
+            spec = weight.parts["data"].spec
+            if groups[-1] and filled + spec.nbytes > limit:
+                groups.append({})
+                filled = 0
+            groups[-1][spec.name] = spec
+            filled += spec.nbytes
+        if len(groups) == 1:
+            return {SINGLE_FILES[0]: groups[0]}
+        return {f"model-{n:05}-of-{len(groups):05}.safetensors": specs for n, specs in enumerate(groups, 1)}
+
+    def finish(self, staging: Path) -> None:
+        """Copy the asset files verbatim; config.json is written anew only where the port changed it."""
+        for name, path in {**self.source.assets(staging), **self.target.assets}.items():
+            if path.parent != staging:
+                shutil.copyfile(path, staging / name)
+        config = dict(self.target.config)
+        if self.format:
+            key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+            config[key] = CONFIG_DTYPES[self.format]
+        if config != dict(self.source.config) or not (staging / "config.json").exists():
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _whole(name: str, content: bytes) -> FileLayout:
+    return FileLayout(name, len(content), ((0, content),), {})
+
+
+class HuggingFace:
+    name = "hf"
+    reads = True
+    writes = True
+
+    def detect(self, path: Path) -> bool:
+        return path.is_dir() and (path / "config.json").is_file()
+
+    def open(self, path: Path) -> Folder:
+        return open_folder(path)
+
+    def sink(self, source: Source, target: Target) -> FolderSink:
+        """Keeps each weight's own type, unless --quant says another or the source has no plain types to keep."""
+        given = target.imatrix or target.tensor_types or target.output_tensor_type or target.token_embedding_type
+        if given:
+            raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
+        quant = (target.quant or "").lower()
+        if quant and quant not in PRECISIONS:
+            raise UnknownName(miss(list(PRECISIONS), quant, "--quant of an HF folder"))
+        plain = all(weight.codec == "plain" for weight in source.weights.values())
+        return FolderSink(source, target, PRECISIONS.get(quant, None if plain else "BF16"))
+
+
+converter = HuggingFace()

@@ -1,0 +1,143 @@
+"""edgeport from Python: the CLI's verbs with the CLI's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from edgeport import device as devices
+from edgeport.errors import WrongBase
+from edgeport.locate import open_model, open_patch
+from edgeport.manifest import Receipt, fingerprint, verify_hashes
+from edgeport.memory import parse_bytes
+from edgeport.planning import Limits, Plan, make_plan
+from edgeport.registry import converter
+from edgeport.run import Progress, run, silent
+from edgeport.seams import Patch, Source, Target
+
+if TYPE_CHECKING:
+    from edgeport.probe import Comparison
+
+Location = str | Path
+
+
+class Options(TypedDict, total=False):
+    """What every output can be asked; sizes as "2GB" or in bytes."""
+
+    to: str
+    quant: str | None
+    max_shard_size: str | int | None
+    imatrix: Location | None
+    tensor_type: Sequence[tuple[str, str]]
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    max_ram: str | int | None
+    max_vram: str | int | None
+    device: str
+    overwrite: bool
+    offline: bool
+
+
+def plan(
+    *,
+    new_base: Location,
+    output: Location,
+    patch: Location | Sequence[Location] = (),
+    old_base: Location | None = None,
+    force: bool = False,
+    **options: Unpack[Options],
+) -> Plan:
+    """Decide everything from headers alone; nothing is written. Raises EdgeportError for every mistake in the input."""
+    offline = options.get("offline", False)
+    source = open_model(new_base, offline)
+    old = open_model(old_base, offline) if old_base is not None else None
+    given = [patch] if isinstance(patch, (str, Path)) else patch
+    patches = [open_patch(one, offline) for one in given]
+    if old is not None and not force:
+        for one in patches:
+            check_base(one, old)
+    target = Target(
+        output=Path(output),
+        quant=options.get("quant"),
+        max_shard_bytes=_bytes(options.get("max_shard_size")),
+        imatrix=Path(imatrix) if (imatrix := options.get("imatrix")) else None,
+        tensor_types=tuple(options.get("tensor_type", ())),
+        output_tensor_type=options.get("output_tensor_type"),
+        token_embedding_type=options.get("token_embedding_type"),
+    )
+    limits = Limits(
+        _bytes(options.get("max_ram")), _bytes(options.get("max_vram")), devices.choose(options.get("device", "auto"))
+    )
+    chosen = converter(options.get("to", "hf"))
+    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False))
+
+
+def port(
+    *,
+    new_base: Location,
+    output: Location,
+    patch: Location | Sequence[Location],
+    old_base: Location | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    **options: Unpack[Options],
+) -> Receipt:
+    """Add patches to an evolved base and write the result."""
+    decided = plan(new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, **options)
+    return run(decided, progress=progress, force=force)
+
+
+def export(*, model: Location, output: Location, progress: Progress = silent, **options: Unpack[Options]) -> Receipt:
+    """Write a model in another container or precision: the same stream without a patch."""
+    return run(plan(new_base=model, output=output, **options), progress=progress)
+
+
+def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
+    """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
+    return verify_hashes(Path(output))
+
+
+def compare(output: Location, against: Location, *, tokens: int = 256, offline: bool = False) -> Comparison:
+    """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time."""
+    from edgeport import probe
+
+    reference, candidate = open_model(against, offline), open_model(output, offline)
+    return probe.compare(reference, candidate, probe.probe_tokens(reference, tokens))
+
+
+def check_base(patch: Patch, old: Source) -> None:
+    """The patch's recorded base is the one given. Raises WrongBase."""
+    recorded = patch.facts.get("base_fingerprint")
+    if recorded and recorded != fingerprint(old):
+        raise WrongBase(
+            f"{patch.path.name} was made on a base with fingerprint {recorded}, and {old.path.name} has {fingerprint(old)}; "
+            "give the base it was made on, or --force"
+        )
+
+
+def _bytes(size: str | int | None) -> int | None:
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+def formats() -> dict[str, Any]:
+    """Every number format, patch kind and container that the registries know, and what each can do."""
+    from edgeport import registry
+
+    return {
+        "codecs": {codec.name: {format: can or "copy" for format, can in codec.formats.items()}
+                   for codec in registry.codecs().values()},
+        "patches": sorted(registry.patch_kinds()),
+        "containers": {name: "+".join(["read"] * item.reads + ["write"] * item.writes)
+                       for name, item in registry.converters().items()},
+    }  # fmt: skip
+
+
+def inspect(path: Location, *, offline: bool = False) -> dict[str, Any]:
+    """What a model or a patch is, from its headers."""
+    from edgeport.inspection import describe
+
+    return describe(path, offline)
+
+
+__all__ = ["Options", "compare", "export", "formats", "inspect", "plan", "port", "verify"]

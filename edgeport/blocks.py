@@ -1,0 +1,78 @@
+"""One block of rows of one weight: from stored bytes to transformers' own order and values, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from edgeport.registry import codec
+from edgeport.seams import Source
+from edgeport.tensor import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def ranges(weight: Weight, rows: int, granule: int = 1) -> Iterator[range]:
+    """Cut the weight's rows into blocks of nearly equal size: at most `rows` each, in whole granules.
+
+    Equal, since a BLAS takes another path, with another last bit, for a remainder of a few rows.
+    """
+    granules = -(-weight.rows // granule)
+    blocks = -(-granules // max(rows // granule, 1))
+    for index in range(blocks):
+        start, stop = (granules * edge // blocks * granule for edge in (index, index + 1))
+        yield range(start, min(stop, weight.rows))
+
+
+def decode_rows(source: Source, weight: Weight, rows: range, device: str = "cpu") -> Tensor:
+    """float32 [rows, columns] as transformers has them. `rows` starts and ends on the weight's row granule."""
+    return decode_parts(weight, {role: as_tensor(data).to(device) for role, data in read_parts(source, weight, rows).items()})
+
+
+def read_parts(source: Source, weight: Weight, rows: range) -> dict[str, bytearray]:
+    """The stored bytes that spell some rows, by part."""
+    return {role: source.read(part.spec, *part.span(rows, weight.granule)) for role, part in weight.parts.items()}
+
+
+def as_tensor(data: bytearray) -> Tensor:
+    """uint8, on the same memory."""
+    import torch
+
+    # torch warns on the empty buffer that a weight without elements has
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def decode_parts(weight: Weight, parts: Mapping[str, Tensor]) -> Tensor:
+    """Stored bytes (uint8, by part) to float32 [rows, columns] as transformers has them, on the same device."""
+    return restore(codec(weight.codec).decode(weight, parts), weight)
+
+
+def encode_rows(weight: Weight, matrix: Tensor, importance: Tensor | None = None) -> Mapping[str, Tensor]:
+    """The stored bytes, by part, of some rows that transformers has as float32 [rows, columns]."""
+    return codec(weight.codec).encode(weight, arrange(matrix, weight), importance)
+
+
+def arrange(matrix: Tensor, weight: Weight) -> Tensor:
+    """Rows as the weight's container keeps them. Source: llama.cpp `LlamaModel.permute`."""
+    if weight.arrangement.shift:
+        matrix = matrix + weight.arrangement.shift
+    return _swap_halves(matrix, weight, 2)
+
+
+def restore(matrix: Tensor, weight: Weight) -> Tensor:
+    """The inverse of `arrange`."""
+    matrix = _swap_halves(matrix, weight, -1)
+    return matrix - weight.arrangement.shift if weight.arrangement.shift else matrix
+
+
+def _swap_halves(matrix: Tensor, weight: Weight, pairs: int) -> Tensor:
+    """Within each head, [2, half] rows to [half, 2] (pairs = 2), or back (pairs = -1)."""
+    heads = weight.arrangement.heads
+    if not heads:
+        return matrix
+    values = matrix.reshape(-1, 1) if weight.rows == 1 else matrix
+    half = (weight.columns if weight.rows == 1 else weight.rows) // heads // 2
+    split = (-1, 2, half) if pairs == 2 else (-1, half, 2)
+    swapped = values.reshape(*split, values.shape[-1]).transpose(1, 2)
+    return swapped.reshape(matrix.shape)

@@ -1,0 +1,183 @@
+"""Stored tensors in one file, by header and positioned reads: safetensors, and torch's zip (`.bin`).
+
+Never memory-mapped: a mapped page counts as resident memory, and the memory bound is the point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from edgeport.codecs.plain import TYPES
+from edgeport.errors import CorruptCheckpoint, NotACheckpoint
+from edgeport.tensor import TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format itself
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor's header entry and where its bytes lie."""
+
+    spec: TensorSpec
+    path: Path
+    offset: int
+
+
+def read_range(path: Path, start: int, stop: int) -> bytearray:
+    """Bytes `start` to `stop` of a file. Raises CorruptCheckpoint where the file ends before."""
+    buffer = bytearray(stop - start)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], start + done)
+            if count == 0:
+                raise CorruptCheckpoint(f"{path.name} ends at byte {start + done}; bytes up to {stop} were expected")
+            done += count
+    return buffer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CorruptCheckpoint."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path.name} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"{path.name} holds {type(value).__name__} where a JSON object was expected")
+    return value
+
+
+def open_checkpoint(path: Path) -> dict[str, Stored]:
+    """The tensors of a `.safetensors`, `.bin`, `.pt` or `.pth` file, in the order of their bytes."""
+    if not path.is_file():
+        raise NotACheckpoint(f"{path} is not a file")
+    return safetensors_header(path)[0] if path.suffix == ".safetensors" else torch_header(path)
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, every claim of its header checked against the file.
+
+    Format: https://github.com/huggingface/safetensors#format. Raises CorruptCheckpoint.
+    """
+    size = path.stat().st_size
+    if size < 8:
+        raise CorruptCheckpoint(f"{path.name} has {size} bytes, too few for a safetensors file")
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CorruptCheckpoint(
+            f"{path.name} declares a header of {length} bytes, and has {size - 8} after the first eight: "
+            "it is truncated or not a safetensors file"
+        )
+    try:
+        header = json.loads(read_range(path, 8, 8 + length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the header of {path.name} is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CorruptCheckpoint(f"the header of {path.name} is not a JSON object")
+    metadata = header.pop("__metadata__", {}) or {}
+    begin = 8 + length
+    entries = [_entry(path, name, fields, begin, size) for name, fields in header.items()]
+    entries.sort(key=lambda stored: (stored.offset, stored.spec.nbytes))
+    expected = begin
+    for stored in entries:
+        if stored.offset != expected:
+            raise CorruptCheckpoint(
+                f"{path.name}: tensor {stored.spec.name} starts at byte {stored.offset}, "
+                f"and the one before it ends at {expected} (they overlap or leave a hole)"
+            )
+        expected += stored.spec.nbytes
+    if expected != size:
+        raise CorruptCheckpoint(f"{path.name} has {size} bytes, and its header accounts for {expected}")
+    return {stored.spec.name: stored for stored in entries}, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Stored:
+    match fields:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise CorruptCheckpoint(f"{path.name}: the header entry of {name} lacks dtype, shape or data_offsets")
+    if dtype not in TYPES:
+        raise CorruptCheckpoint(f"{path.name}: tensor {name} has the unknown dtype {dtype!r}")
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise CorruptCheckpoint(f"{path.name}: tensor {name} has the impossible shape {shape}")
+    nbytes = prod(shape) * TYPES[dtype][0]
+    if not 0 <= start <= stop or begin + stop > size:
+        raise CorruptCheckpoint(
+            f"{path.name}: tensor {name} lies at bytes {start} to {stop} of {size - begin}: the file is truncated "
+            "or its header is wrong"
+        )
+    if stop - start != nbytes:
+        raise CorruptCheckpoint(f"{path.name}: tensor {name} has {stop - start} bytes where {dtype} {shape} takes {nbytes}")
+    return Stored(TensorSpec(name, dtype, tuple(shape), nbytes), path, begin + start)
+
+
+def torch_header(path: Path) -> dict[str, Stored]:
+    """Tensors of a file that torch.save wrote, read with `weights_only=True` and without their data.
+
+    torch's own unpickler builds the tensors under FakeTensorMode, which leaves each storage's place in the zip.
+    Raises NotACheckpoint for the format of before torch 1.6, and for a pickle that holds more than tensors.
+    """
+    from pickle import UnpicklingError
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    convert = "convert it once with safetensors.torch.save_file on a machine that trusts it"
+    if not zipfile.is_zipfile(path):
+        raise NotACheckpoint(f"{path.name} is not a zip file as torch.save writes; if it is older than torch 1.6, {convert}")
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except UnpicklingError as error:
+        raise NotACheckpoint(f"{path.name} holds more than tensors, and reading it could run its code; {convert}") from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotACheckpoint(f"{path.name} cannot be read as tensors only ({reason}); {convert}") from error
+    if not isinstance(state, Mapping):
+        raise NotACheckpoint(f"{path.name} holds a {type(state).__name__} where a table of tensors was expected; {convert}")
+    names = {torch_name: name for name, (_, torch_name, _) in TYPES.items()}
+    found = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise NotACheckpoint(f"{path.name}: {name} is a {type(tensor).__name__} where a tensor was expected; {convert}")
+        dtype = names.get(str(tensor.dtype).removeprefix("torch."))
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if dtype is None or begin is None or not tensor.is_contiguous():
+            raise NotACheckpoint(f"{path.name}: {name} ({tensor.dtype}) is not stored as one plain block; {convert}")
+        spec = TensorSpec(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        offset = begin + tensor.storage_offset() * tensor.element_size()
+        if offset + spec.nbytes > path.stat().st_size:
+            raise CorruptCheckpoint(f"{path.name}: tensor {name} reaches beyond the end of the file")
+        found[name] = Stored(spec, path, offset)
+    return dict(sorted(found.items(), key=lambda item: item[1].offset))
+
+
+def safetensors_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file with these tensors in this order, and where each one's bytes go."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative = {}
+    end = 0
+    for name, spec in specs.items():
+        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        relative[name] = end
+        end += spec.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: begin + offset for name, offset in relative.items()}

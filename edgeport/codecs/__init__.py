@@ -1,0 +1,1 @@
+"""Number formats, one a file: each holds a `codec` (see `edgeport.seams.Codec`)."""

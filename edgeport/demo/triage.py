@@ -1,0 +1,114 @@
+"""Triage of ICD-10-CM diagnoses to a medical specialty: the task of the demo's personal patch.
+
+The diagnosis texts come from the package `simple_icd_10_cm`; the chapter of a code is the label. Whole
+three-character categories (I21, L40, ...) belong to either train or test, so a held-out question is about
+a disease group that no training question has named.
+"""
+
+import hashlib
+import math
+import random
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+# ICD-10-CM chapter to option. An option begins with the space that follows the prompt; the first tokens
+# are distinct in SmolLM2's vocabulary, so the logits after the prompt alone decide.
+SPECIALTIES = {
+    "2": " oncology",
+    "5": " psychiatry",
+    "7": " ophthalmology",
+    "9": " cardiology",
+    "11": " gastroenterology",
+    "12": " dermatology",
+    "13": " orthopedics",
+    "15": " obstetrics",
+}
+OPTIONS = tuple(SPECIALTIES.values())
+PROMPT = "Diagnosis: {}\nDepartment:"
+LONGEST_TEXT = 100  # characters; keeps a prompt under 60 tokens
+TEST_SHARE = 0.3  # of each chapter's categories
+Z_95 = 1.959964  # normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt, its possible continuations, and the index of the right one."""
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+
+
+def questions(split: Split, count: int, seed: int = 0) -> list[Question]:
+    """`count` shuffled questions, the specialties in equal number (within one).
+
+    The seed picks the questions, never the split: train and test are disjoint across all seeds.
+    Raises ValueError where the split has too few texts.
+    """
+    draw = random.Random(f"{split}/{seed}")
+    chosen = []
+    for answer, chapter in enumerate(SPECIALTIES):
+        wanted = count // len(OPTIONS) + (answer < count % len(OPTIONS))
+        texts = _spread(_groups(split)[chapter], draw)
+        if len(texts) < wanted:
+            raise ValueError(f"{split} has {len(texts)} texts for{OPTIONS[answer]}, {wanted} wanted")
+        chosen += [Question(PROMPT.format(text), OPTIONS, answer) for text in texts[:wanted]]
+    draw.shuffle(chosen)
+    return chosen
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson 95 % interval of `correct / total`, as fractions."""
+    share = correct / total
+    shrink = 1 + Z_95**2 / total
+    centre = (share + Z_95**2 / (2 * total)) / shrink
+    half = Z_95 / shrink * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@cache
+def _groups(split: Split) -> dict[str, list[list[str]]]:
+    """Chapter to its categories in `split`, each the list of its diagnosis texts."""
+    # Imported here, because that parses 10 MB of XML; it reads them in a deprecated way.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import simple_icd_10_cm as icd  # type: ignore[import-untyped]
+
+    categories = {
+        (chapter, category): [
+            icd.get_description(code)
+            for code in [category, *icd.get_descendants(category)]
+            if icd.is_leaf(code)
+        ]
+        for chapter in SPECIALTIES
+        for category in icd.get_descendants(chapter)
+        if icd.is_category(category)
+    }
+    seen = Counter(text.lower() for texts in categories.values() for text in texts)
+    groups: dict[str, list[list[str]]] = {chapter: [] for chapter in SPECIALTIES}
+    for (chapter, category), texts in categories.items():
+        # A text under two codes could land on both sides of the split, or have two answers.
+        usable = [text for text in texts if seen[text.lower()] == 1 and len(text) <= LONGEST_TEXT]
+        if _is_test(category) == (split == "test"):
+            groups[chapter].append(usable)
+    return groups
+
+
+def _is_test(category: str) -> bool:
+    """A hash and not a draw, so that a new ICD release moves no old category."""
+    return hashlib.sha256(category.encode()).digest()[0] < 256 * TEST_SHARE
+
+
+def _spread(groups: list[list[str]], draw: random.Random) -> list[str]:
+    """All texts, one of each group before the second of any: a group of 500 fracture codes is one topic."""
+    ranked = [
+        (rank, draw.random(), text)
+        for group in groups
+        for rank, text in enumerate(draw.sample(group, len(group)))
+    ]
+    return [text for _, _, text in sorted(ranked)]

@@ -1,0 +1,55 @@
+"""What a path holds: a model or a patch, its tensors, formats and identity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from edgeport.locate import locate, open_model, open_patch
+from edgeport.manifest import fingerprint, read_manifest
+from edgeport.planning import manifest_path
+from edgeport.registry import patch_kinds
+from edgeport.seams import Patch, Source
+from edgeport.tensor import HEAD
+
+
+def describe(text: str | Path, offline: bool) -> dict[str, Any]:
+    """Facts as `inspect --json` prints them. Raises SourceError."""
+    path = locate(text, offline)
+    if any(kind.detect(path) for kind in patch_kinds().values()):
+        return describe_patch(open_patch(path, offline))
+    return describe_model(open_model(path, offline))
+
+
+def describe_model(source: Source) -> dict[str, Any]:
+    weights = source.weights.values()
+    facts: dict[str, Any] = {
+        "kind": "model",
+        "path": str(source.path),
+        "container": source.container,
+        "model_type": source.config.get("model_type"),
+        "weights": len(source.weights),
+        "parameters": sum(weight.elements for weight in weights),
+        "bytes": sum(weight.nbytes for weight in weights),
+        "formats": dict(Counter(weight.format for weight in weights).most_common()),
+        "codecs": sorted({weight.codec for weight in weights}),
+        "tied_head": HEAD not in source.weights,
+        "fingerprint": fingerprint(source),
+        "tensors": {weight.name: {"shape": list(weight.shape), "format": weight.format} for weight in weights},
+    }
+    if manifest_path(source.path, source.path.is_dir()).is_file():
+        manifest = read_manifest(source.path)
+        facts["made_by"] = {key: manifest[key] for key in ("command", "survival", "inputs") if key in manifest}
+    return facts
+
+
+def describe_patch(patch: Patch) -> dict[str, Any]:
+    return {
+        "kind": "patch",
+        "path": str(patch.path),
+        "patch_kind": patch.kind,
+        **patch.facts,
+        "bytes": sum(spec.nbytes for spec in patch.tensors.values()),
+        "tensors": {name: {"shape": list(spec.shape), "format": spec.dtype} for name, spec in patch.tensors.items()},
+    }

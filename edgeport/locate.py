@@ -1,0 +1,80 @@
+"""From what a user types to an opened model or patch: a folder, a file, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from math import isfinite
+from pathlib import Path
+
+from edgeport.errors import NotACheckpoint, UnknownName, UnsupportedPatch
+from edgeport.registry import converters, patch_kinds
+from edgeport.seams import Patch, Source
+
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+def offline_set() -> bool:
+    """Whether the environment forbids the network, as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def locate(text: str | Path, offline: bool) -> Path:
+    """The local path of a model or patch; a hub name is downloaded, or found in the cache when offline."""
+    path = Path(text)
+    if path.exists():
+        return path
+    name = str(text)
+    if not HUB_NAME.match(name):
+        raise NotACheckpoint(f"{name} does not exist; give a folder, a file, or a hub name such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    local = offline or offline_set()
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, local_files_only=local, allow_patterns=MODEL_FILES)
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "in the local cache, and the network is not used (offline)" if local else f"on the hub: {reason}"
+        raise NotACheckpoint(f"{name} is no local path, and was not found {where}") from error
+
+
+def open_model(text: str | Path, offline: bool = False) -> Source:
+    """Open a model by its headers, in whatever container it is. Raises SourceError."""
+    path = locate(text, offline)
+    for candidate in converters().values():
+        if candidate.reads and candidate.detect(path):
+            return candidate.open(path)
+    known = ", ".join(name for name, candidate in converters().items() if candidate.reads)
+    hint = " (it is a patch; give it as --patch)" if any(kind.detect(path) for kind in patch_kinds().values()) else ""
+    raise NotACheckpoint(f"{path} is not a model that edgeport reads ({known}){hint}")
+
+
+def split_scale(text: str | Path) -> tuple[str, float]:
+    """`P:0.7` as path and scale; a path that exists as it stands has scale 1. Raises UnknownName."""
+    head, colon, tail = str(text).rpartition(":")
+    if not colon or Path(text).exists():
+        return str(text), 1.0
+    try:
+        scale = float(tail)
+    except ValueError:
+        return str(text), 1.0
+    if not isfinite(scale):
+        raise UnknownName(f"--patch {text}: the scale {tail} is not a finite number")
+    return head, scale
+
+
+def open_patch(text: str | Path, offline: bool = False) -> Patch:
+    """Open a patch by its headers, with the scale of `P:SCALE`. Raises SourceError, UnsupportedPatch."""
+    name, scale = split_scale(text)
+    path = locate(name, offline)
+    for kind in patch_kinds().values():
+        if kind.detect(path):
+            return kind.open(path, scale)
+    if any(candidate.reads and candidate.detect(path) for candidate in converters().values()):
+        raise UnsupportedPatch(f"{path} is a whole model, not a patch; a PEFT adapter folder was expected")
+    raise NotACheckpoint(f"{path} is not a patch that edgeport reads (a folder with adapter_config.json was expected)")

@@ -1,0 +1,178 @@
+"""The receipt of a port, and the manifest `edgeport.json` that it becomes: what went in, what came out, what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeport.checkpoint import read_json
+from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
+from edgeport.planning import MANIFEST, manifest_path
+from edgeport.seams import Source
+
+HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFact:
+    """What happened to one weight. `retention`: share of the patch's change that the stored result keeps,
+    <stored - base, change> / <change, change>. `error`: |stored - exact| / |exact|. None where nothing was patched."""
+
+    weight: str
+    action: str
+    shape: tuple[int, ...]
+    origin: str
+    stored: str
+    semantics: str | None = None
+    change: float | None = None
+    """|change| / |base|"""
+    retention: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a run did and cost."""
+
+    output: Path
+    files: Mapping[str, int]
+    bytes_in: int
+    bytes_out: int
+    facts: tuple[WeightFact, ...]
+    seconds: float
+    peak_ram_bytes: int
+    peak_above_import_bytes: int
+    peak_vram_bytes: int
+    predicted_peak_bytes: int
+    coverage: Mapping[str, int]
+    gate: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def survival(self) -> dict[str, Any] | None:
+        """Mean and least retention over the patched weights, and the weight that kept least."""
+        kept = {fact.weight: fact.retention for fact in self.facts if fact.retention is not None}
+        if not kept:
+            return None
+        worst = min(kept, key=lambda name: kept[name])
+        return {"mean": sum(kept.values()) / len(kept), "min": kept[worst], "worst": worst}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "files": dict(self.files),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "weights": len(self.facts),
+            "patched": sum(fact.action == "patch" for fact in self.facts),
+            "copied": sum(fact.action == "copy" for fact in self.facts),
+            "seconds": round(self.seconds, 3),
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_above_import_bytes": self.peak_above_import_bytes,
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "survival": self.survival,
+            "coverage": dict(self.coverage),
+            "gate": dict(self.gate),
+            "notes": list(self.notes),
+        }
+
+
+def sha256(path: Path) -> str:
+    """The file's hash, read a piece at a time and not kept in memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(HASH_CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(paths)}
+
+
+def fingerprint(source: Source) -> str:
+    """A short identity of a model: names, shapes, formats and the first bytes of every weight.
+
+    Cheap enough to check before every port, and different for a retrained or quantized copy of the same model.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(source.weights):
+        weight = source.weights[name]
+        digest.update(f"{name} {weight.shape} {weight.format}\n".encode())
+        for part in weight.parts.values():
+            digest.update(source.read(part.spec, 0, min(part.spec.nbytes, 256)))
+    return digest.hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what had a part in the numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("edgeport", "torch", "safetensors", "gguf", "llama-cpp-python", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(receipt: Receipt, folder: bool, staging: Path, inputs: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Write the manifest among the staged files, with a hash of each of them."""
+    content = {
+        "edgeport": 1,
+        "versions": versions(),
+        "command": list(command),
+        "inputs": dict(inputs),
+        "files": {name: {"bytes": (staging / name).stat().st_size, "sha256": digest}
+                  for name, digest in hashes(staging.iterdir()).items()},
+        **{key: value for key, value in receipt.to_json().items() if key not in ("files", "output")},
+        "per_weight": [asdict(fact) for fact in receipt.facts if fact.action != "copy"],
+    }  # fmt: skip
+    name = manifest_path(receipt.output, folder).name
+    (staging / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """The manifest of an output folder or file. Raises NotACheckpoint where there is none."""
+    path = manifest_path(output, output.is_dir())
+    if not path.is_file():
+        raise NotACheckpoint(f"{output} has no manifest ({path.name}): it is not an output of edgeport, or not a finished one")
+    content = read_json(path)
+    files = content.get("files")
+    if content.get("edgeport") != 1 or not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        raise CorruptCheckpoint(f"{path.name} is not a manifest of edgeport")
+    return content
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+
+
+def verify_hashes(output: Path) -> dict[str, str]:
+    """Every file of the output against its manifest. Raises IncompleteOutput, VerificationFailed."""
+    content = read_manifest(output)
+    base = output if output.is_dir() else output.parent
+    found = {}
+    for name, entry in content["files"].items():
+        if os.path.basename(name) != name:
+            raise CorruptCheckpoint(f"the manifest names {name!r}, which is not a file beside it")
+        path = base / name
+        if not path.is_file():
+            raise IncompleteOutput(f"{name} is in the manifest and not in {base}")
+        if path.stat().st_size != entry["bytes"]:
+            raise VerificationFailed(f"{name} has {path.stat().st_size} bytes; its manifest says {entry['bytes']}")
+        found[name] = sha256(path)
+        if found[name] != entry["sha256"]:
+            raise VerificationFailed(f"{name} has changed since edgeport wrote it: its sha256 differs from the manifest's")
+    extra = sorted(set(os.listdir(base)) - set(found) - {MANIFEST}) if output.is_dir() else []
+    if extra:
+        raise VerificationFailed(f"{', '.join(extra)} in {output} is not in the manifest")
+    return found

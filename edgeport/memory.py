@@ -1,0 +1,99 @@
+"""Memory: what the process has taken at its highest, how much the user allows, and sizes in words."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeport.errors import UnknownName
+
+MIB = 1 << 20
+IMPORT_BYTES = 300 * MIB
+"""Python, torch's CPU build, numpy and edgeport itself, before any work (VmHWM; measured by `bench/memory.py`)."""
+ALLOWANCE_BYTES = 48 * MIB
+"""What the plan does not count: allocator slack, thread stacks, the plan's own tables."""
+
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "2GB", "512MiB", "4G" or "1000". Raises UnknownName."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not match or match[2] not in UNITS:
+        raise UnknownName(f"{text!r} is not a size; write for example 2GB, 512MiB or 1000000")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def in_words(count: float) -> str:
+    """A byte count in binary units: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def peak_bytes() -> int:
+    """The process's highest resident memory: VmHWM, since `ru_maxrss` survives exec and lies. 0 where unknown."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Resident memory now. 0 where unknown."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def return_freed_blocks() -> None:
+    """Make glibc give every freed block of a megabyte or more back to the system at once.
+
+    Its own threshold grows with what is freed, and a heap of freed blocks of changing sizes then stays resident.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+    except (OSError, AttributeError):
+        return  # not glibc
+
+
+def reset_peak() -> bool:
+    """Start VmHWM anew from what is resident now, where the kernel allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class Meter:
+    """What a run took above what was resident when it began."""
+
+    before: int = 0
+    peak: int = 0
+
+    @property
+    def above(self) -> int:
+        return max(self.peak - self.before, 0)
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Measure the peak of a block of code in this process."""
+    reset_peak()
+    meter = Meter(before=resident_bytes())
+    try:
+        yield meter
+    finally:
+        meter.peak = peak_bytes()

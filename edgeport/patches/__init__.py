@@ -1,0 +1,1 @@
+"""Patch kinds, one a file: each holds a `patch_kind` (see `edgeport.seams.PatchKind`)."""

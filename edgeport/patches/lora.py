@@ -1,0 +1,430 @@
+"""LoRA as PEFT writes it: W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2106.09685, 2312.03732).
+
+PEFT's adapter also carries whole values that training replaced: biases, `modules_to_save`, resized embeddings and
+single rows (`trainable_token_indices`). With the old base at hand such a value becomes its difference to the old
+one; without it, the new base's value is replaced, as PEFT's own merge does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.blocks import decode_rows
+from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_range
+from edgeport.codecs.plain import torch_type
+from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
+from edgeport.patches.names import PEFT_PREFIX, resolve
+from edgeport.seams import Applied, Edit, Source
+from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG = "adapter_config.json"
+RECORD = "edgeport.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+
+# Options that say how the adapter was trained or loaded and that leave W + s B A as it is.
+HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_config", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_bias",
+}  # fmt: skip
+# Initialisations that leave the base's own weights alone; the others subtract the initial B A from the base.
+BASE_KEEPING_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
+
+LOW_RANK = re.compile(
+    r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
+)
+TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<leaf>weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """delta = s B A, with B [out, r] and A [r, in]; `transposed` where the weight is stored [in, out]."""
+
+    target: str
+    shape: tuple[int, ...]
+    down: Stored
+    up: Stored
+    scaling: float
+    transposed: bool
+    tied: bool
+    semantics: str = "delta"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.down.spec.name, self.up.spec.name
+
+    @property
+    def held_bytes(self) -> int:
+        # the raw bytes and their float32 copy stand side by side while a factor is read
+        return sum(stored.spec.nbytes + 4 * stored.spec.shape[0] * stored.spec.shape[1] for stored in (self.down, self.up))
+
+    def load(self, device: str) -> Applied:
+        down, up = factor(self.down).to(device), factor(self.up).to(device)
+
+        def apply(rows: range, matrix: Tensor) -> Tensor:
+            if self.transposed:
+                delta = (up @ down[:, rows.start : rows.stop]).T
+            else:
+                delta = up[rows.start : rows.stop] @ down
+            return matrix + delta * self.scaling
+
+        return apply
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Whole values of a weight, in rows; as differences to `old` where that is known."""
+
+    target: str
+    shape: tuple[int, ...]
+    value: Stored
+    scale: float
+    old: tuple[Source, Weight] | None
+    tied: bool
+
+    @property
+    def semantics(self) -> str:
+        return "delta" if self.old else "operator"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value.spec.name,)
+
+    @property
+    def held_bytes(self) -> int:
+        return 0  # its rows are read block by block
+
+    def load(self, device: str) -> Applied:
+        columns = self.shape[-1]
+
+        def apply(rows: range, matrix: Tensor) -> Tensor:
+            value = stored_rows(self.value, rows, columns).to(device)
+            before = self.old_rows(rows, device)
+            if before is None:
+                return value if self.scale == 1 else matrix + (value - matrix) * self.scale
+            known = len(before)
+            changed = matrix[:known] + (value[:known] - before) * self.scale
+            return changed if known == len(value) else _cat([changed, value[known:]])
+
+        return apply
+
+    def old_rows(self, rows: range, device: str) -> Tensor | None:
+        if self.old is None:
+            return None
+        source, weight = self.old
+        return decode_rows(source, weight, range(min(rows.start, weight.rows), min(rows.stop, weight.rows)), device)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRows:
+    """Single rows of an embedding or a head, by index; as differences to `old` where that is known."""
+
+    target: str
+    shape: tuple[int, ...]
+    value: Stored
+    indices: tuple[int, ...]
+    scale: float
+    old: tuple[Source, Weight] | None
+    tied: bool = True
+    """PEFT gives the rows of a tied head the same values itself."""
+
+    @property
+    def semantics(self) -> str:
+        return "delta" if self.old else "operator"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value.spec.name,)
+
+    @property
+    def held_bytes(self) -> int:
+        return 3 * 4 * len(self.indices) * self.shape[-1]
+
+    def load(self, device: str) -> Applied:
+        values = stored_rows(self.value, range(len(self.indices)), self.shape[-1]).to(device)
+
+        def apply(rows: range, matrix: Tensor) -> Tensor:
+            matrix = matrix.clone()
+            for position, index in enumerate(self.indices):
+                if index in rows:
+                    before = matrix[index - rows.start] if self.old is None else self.old_row(index, device)
+                    change = values[position] - before
+                    exact = self.old is None and self.scale == 1
+                    matrix[index - rows.start] = values[position] if exact else matrix[index - rows.start] + change * self.scale
+            return matrix
+
+        return apply
+
+    def old_row(self, index: int, device: str) -> Tensor:
+        assert self.old is not None
+        source, weight = self.old
+        start = index - index % weight.row_granule
+        block = decode_rows(source, weight, range(start, min(start + weight.row_granule, weight.rows)), device)
+        return block[index - start]
+
+
+def _cat(blocks: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(blocks)
+
+
+def factor(stored: Stored) -> Tensor:
+    """A whole stored matrix as float32."""
+    return stored_rows(stored, range(stored.spec.shape[0]), stored.spec.shape[1])
+
+
+def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:
+    """Some rows of a plain stored tensor as float32 [rows, columns]. Raises NonFiniteResult."""
+    import torch
+
+    dtype = torch_type(stored.spec.dtype)
+    size = columns * dtype.itemsize
+    data = read_range(stored.path, stored.offset + rows.start * size, stored.offset + rows.stop * size)
+    values = torch.frombuffer(data, dtype=dtype).view(-1, columns).float()
+    if not bool(values.isfinite().all()):
+        raise NonFiniteResult(f"the patch tensor {stored.spec.name} holds NaN or infinity")
+    return values
+
+
+@dataclass(frozen=True)
+class LoraPatch:
+    path: Path
+    config: Mapping[str, Any]
+    stored: Mapping[str, Stored]
+    files: Sequence[Path]
+    scale: float
+    base_fingerprint: str | None = None
+    kind: str = field(default="lora", init=False)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        return {name: stored.spec for name, stored in self.stored.items()}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        config = self.config
+        pairs = {name for name in self.stored if (m := LOW_RANK.match(name)) and m["factor"].endswith("_A")}
+        modules = {m["module"].removeprefix(PEFT_PREFIX): self.stored[name].spec.shape[0]
+                   for name in pairs if (m := LOW_RANK.match(name))}  # fmt: skip
+        scalings = sorted({self.scaling(module, rank) / self.scale for module, rank in modules.items()})
+        return {
+            "rank": sorted(set(modules.values())),
+            "alpha": config.get("lora_alpha"),
+            "scaling": scalings,
+            "rslora": bool(config.get("use_rslora")),
+            "target_modules": sorted({module.rsplit(".", 1)[-1] for module in modules}),
+            "modules_to_save": config.get("modules_to_save") or [],
+            "base_model": config.get("base_model_name_or_path"),
+            "base_fingerprint": self.base_fingerprint,
+        }
+
+    def scaling(self, module: str, rank: int) -> float:
+        """s of one module, its patterns matched as PEFT matches them (`get_pattern_key`), times the user's scale.
+
+        Raises CorruptCheckpoint, ShapeMismatch.
+        """
+        alpha = self.pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
+        rank_stated = self.pattern("rank_pattern", module, rank)
+        if rank_stated != rank:
+            raise ShapeMismatch(f"{CONFIG} gives {module} the rank {rank_stated:g}, and its tensors have {rank}")
+        if rank == 0:
+            raise CorruptCheckpoint(f"the LoRA factors of {module} have rank 0: there is nothing to merge")
+        return float(alpha / (sqrt(rank) if self.config.get("use_rslora") else rank) * self.scale)
+
+    def pattern(self, key: str, module: str, default: float) -> float:
+        for pattern, value in (self.config.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        return float(default)
+
+    def assets(self) -> Mapping[str, Path]:
+        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+
+    def edits(self, new: Source, old: Source | None) -> Sequence[Edit]:
+        return list(self.match(new, old))
+
+    def match(self, new: Source, old: Source | None) -> Iterable[Edit]:
+        """One edit for each group of the adapter's tensors. A tensor that no form takes is left for the plan to report."""
+        low_rank: dict[tuple[str, bool], dict[str, Stored]] = {}
+        for name, stored in self.stored.items():
+            if match := LOW_RANK.match(name):
+                if match["leaf"] == "bias":
+                    raise UnsupportedPatch(f"{name}: a bias on a LoRA factor (lora_bias) is not merged yet")
+                key = match["module"], "embedding" in match["factor"]
+                low_rank.setdefault(key, {})[match["factor"][-1]] = stored
+            elif match := TOKENS.match(name):
+                yield self.token_rows(match["module"], stored, new, old)
+            elif match := WHOLE.match(name):
+                weight = self.find(f"{match['module']}.{match['leaf']}", new)
+                yield self.whole(weight, stored, old)
+        for (module, embedding), pair in low_rank.items():
+            yield self.low_rank(module, embedding, pair, new, old)
+
+    def find(self, name: str, new: Source) -> Weight:
+        """The base's weight of that name; the head of a tied base is its embedding. Raises TargetMissing."""
+        bare = name.removeprefix(PEFT_PREFIX)
+        target = resolve(bare, new.weights)
+        if target is not None:
+            return new.weights[target]
+        if bare == HEAD and EMBEDDING in new.weights:
+            return new.weights[EMBEDDING].named(HEAD)
+        made_on = self.config.get("base_model_name_or_path") or "the model that the patch was made on"
+        raise TargetMissing(
+            f"the patch changes {bare}, which {new.path.name} does not have; is {made_on} of the same architecture?"
+        )
+
+    def low_rank(self, module: str, embedding: bool, pair: Mapping[str, Stored], new: Source, old: Source | None) -> Edit:
+        bare = module.removeprefix(PEFT_PREFIX)
+        if set(pair) != {"A", "B"}:
+            raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(pair)})")
+        weight = self.find(f"{module}.weight", new)
+        down, up = pair["A"], pair["B"]
+        if len(down.spec.shape) != 2 or len(up.spec.shape) != 2 or len(weight.shape) != 2:
+            raise UnsupportedPatch(f"{bare}: LoRA on a convolution or another tensor that is no matrix is not merged yet")
+        transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+        (rank, inner), (outer, other) = down.spec.shape, up.spec.shape
+        shape = (inner, outer) if transposed else (outer, inner)
+        if rank != other or shape != weight.shape:
+            raise ShapeMismatch(
+                f"the patch was made for {bare} of shape {list(shape)}, with factors of rank {rank} and {other}; "
+                f"the base has {list(weight.shape)}"
+            )
+        self.before(weight, old)
+        return LowRank(weight.name, weight.shape, down, up, self.scaling(bare, rank), transposed, self.keeps_ties)
+
+    def whole(self, weight: Weight, stored: Stored, old: Source | None) -> Edit:
+        shape = stored.spec.shape
+        vocabulary = weight.name in (EMBEDDING, HEAD)
+        if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
+            raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
+        # a head of the old size cannot stay beside a grown embedding
+        tied = self.keeps_ties or (shape != weight.shape and not self.names_head)
+        return Replace(weight.name, shape, stored, self.scale, self.before(weight, old), tied)
+
+    def token_rows(self, module: str, stored: Stored, new: Source, old: Source | None) -> Edit:
+        weight = self.find(f"{module}.weight", new)
+        indices = self.token_indices(module)
+        if stored.spec.shape != (len(indices), weight.columns):
+            raise ShapeMismatch(
+                f"{stored.spec.name} has shape {list(stored.spec.shape)}; {len(indices)} tokens of width {weight.columns} "
+                "were expected"
+            )
+        if indices and max(indices) >= weight.rows:
+            raise ShapeMismatch(f"the patch trains token {max(indices)}; the base has {weight.rows} tokens")
+        return ReplaceRows(weight.name, weight.shape, stored, indices, self.scale, self.before(weight, old))
+
+    def token_indices(self, module: str) -> tuple[int, ...]:
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((rows for key, rows in given.items() if module == key or module.endswith(f".{key}")), None)
+        if not isinstance(given, list) or not all(type(index) is int and index >= 0 for index in given):
+            raise CorruptCheckpoint(f"{CONFIG} has no list of trainable_token_indices for {module}")
+        return tuple(given)
+
+    @property
+    def names_head(self) -> bool:
+        return any(name.removeprefix(PEFT_PREFIX).startswith("lm_head.") for name in self.stored)
+
+    @property
+    def keeps_ties(self) -> bool:
+        return bool(self.config.get("ensure_weight_tying"))
+
+    def before(self, weight: Weight, old: Source | None) -> tuple[Source, Weight] | None:
+        """The weight in the old base, where there is one. Raises TargetMissing, ShapeMismatch."""
+        if old is None:
+            return None
+        known = self.find(weight.name, old)
+        grown = weight.name in (EMBEDDING, HEAD) and known.shape[1:] == weight.shape[1:]
+        if known.shape != weight.shape and not grown:
+            raise ShapeMismatch(
+                f"{weight.name} has shape {list(known.shape)} in the old base and {list(weight.shape)} in the new one; "
+                "both must be of the same architecture and size"
+            )
+        return old, known
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse, by name, whatever would make the result differ from W + s B A."""
+    kind = str(config.get("peft_type"))
+    if kind != "LORA":
+        raise UnsupportedPatch(f"the patch is of kind {kind}, and edgeport merges LORA so far")
+    unknown = sorted(key for key, value in config.items() if key not in HARMLESS and value)
+    if unknown:
+        raise UnsupportedPatch(f"the patch uses {', '.join(unknown)}, which edgeport does not merge")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init not in BASE_KEEPING_INITS:
+        raise UnsupportedPatch(
+            f"the patch was initialised by {init}, which changes the base's own weights: B A alone is not its change. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA"
+        )
+    if config.get("lora_bias"):
+        raise UnsupportedPatch("the patch uses lora_bias, which edgeport does not merge")
+    check_numbers(config)
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """What the scaling is computed from is what PEFT would write. Raises CorruptCheckpoint."""
+    if not is_number(config.get("lora_alpha", 8)):
+        raise CorruptCheckpoint(f"{CONFIG} has the lora_alpha {config['lora_alpha']!r} where a number was expected")
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict) or not all(map(is_number, table.values())):
+            raise CorruptCheckpoint(f"{CONFIG} has a {key} that is no table of module names to numbers")
+        for pattern in table:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CorruptCheckpoint(f"{CONFIG}: {pattern!r} in {key} is no regular expression: {error}") from error
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
+
+
+def recorded_base(path: Path) -> str | None:
+    """The fingerprint of the base that the patch was made on, where the folder's edgeport.json says it."""
+    if not (path / RECORD).is_file():
+        return None
+    recorded = read_json(path / RECORD).get("base_fingerprint")
+    if not isinstance(recorded, str | None):
+        raise CorruptCheckpoint(f"{RECORD} in {path.name} has the base_fingerprint {recorded!r} where a text was expected")
+    return recorded
+
+
+class LoraKind:
+    name = "lora"
+
+    def detect(self, path: Path) -> bool:
+        return (path / CONFIG).is_file()
+
+    def open(self, path: Path, scale: float) -> LoraPatch:
+        config = read_json(path / CONFIG)
+        check_config(config)
+        file = next((path / name for name in FILES if (path / name).is_file()), None)
+        if file is None:
+            raise NotACheckpoint(f"{path} has {CONFIG} and none of {', '.join(FILES)}")
+        stored = open_checkpoint(file)
+        if not stored:
+            raise CorruptCheckpoint(f"{file.name} holds no tensors")
+        for name, place in stored.items():
+            if "F" not in place.spec.dtype:
+                raise UnsupportedPatch(f"the patch tensor {name} is of type {place.spec.dtype}, and not of floating point")
+        return LoraPatch(path, config, stored, [file], scale, recorded_base(path))
+
+
+patch_kind = LoraKind()

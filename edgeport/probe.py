@@ -1,0 +1,217 @@
+"""Two models on the same text: KL divergence and top-1 agreement at every position, in the memory of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from math import exp
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, VerificationFailed, need
+from edgeport.forward import BLOCK_ELEMENTS, Streamed, block_rows, stream
+from edgeport.seams import Source
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two models say of the next token, at each position of the text in order."""
+
+    kl: tuple[float, ...]
+    """KL(reference || candidate) in nats."""
+    agree: tuple[bool, ...]
+    """Whether both have the same most probable next token."""
+    reference_perplexity: float
+    """Of the text's own tokens but the first."""
+    candidate_perplexity: float
+    vocabulary: int
+    """Tokens that both models have, over which the distributions are taken."""
+
+    @property
+    def mean_kl(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def max_kl(self) -> float:
+        return max(self.kl)
+
+    @property
+    def top1(self) -> float:
+        """Share of the positions that agree."""
+        return sum(self.agree) / len(self.agree)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "positions": len(self.kl),
+            "vocabulary": self.vocabulary,
+            "mean_kl": self.mean_kl,
+            "max_kl": self.max_kl,
+            "top1": self.top1,
+            "reference_perplexity": self.reference_perplexity,
+            "candidate_perplexity": self.candidate_perplexity,
+            "kl": list(self.kl),
+            "agree": list(self.agree),
+        }
+
+
+def probe_tokens(source: Source, count: int = 256) -> Tensor:
+    """int64 [1, count]: the start of edgeport's own probe text in the model's own tokens (fewer if it is shorter).
+
+    Raises NotACheckpoint where the model has no tokenizer.json.
+    """
+    import torch
+
+    tokenizer = open_tokenizer(source)
+    if tokenizer is None:
+        raise NotACheckpoint(
+            f"{source.path.name} has no tokenizer.json to read the probe text with; "
+            "save one beside the model with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    text = (files("edgeport") / "data" / "probe.txt").read_text(encoding="utf-8")
+    return torch.tensor([tokenizer.encode(text).ids[:count]], dtype=torch.int64)
+
+
+def open_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer in the source's assets, which cuts and pads nothing; None where there is none."""
+    tokenizers = need("tokenizers", "hf")
+    with TemporaryDirectory() as staging:
+        path = source.assets(Path(staging)).get("tokenizer.json")
+        if path is None:
+            return None
+        try:
+            tokenizer: Tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CorruptCheckpoint(f"the tokenizer.json of {source.path.name} cannot be read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def hidden_states(source: Source, tokens: Tensor) -> Tensor:
+    """float32 [batch, length, hidden] after the final norm, for int64 `tokens` [batch, length].
+
+    Raises UnsupportedArchitecture, MissingTensor, CorruptCheckpoint.
+    """
+    return stream(source).hidden(tokens)
+
+
+def compare(reference: Source, candidate: Source, tokens: Tensor) -> Comparison:
+    """KL, top-1 agreement and perplexity on int64 `tokens` [batch, length], of two tokens or more.
+
+    Neither a whole model nor the logits of a whole vocabulary are ever in memory: both models' logits pass in blocks
+    of the vocabulary, and a running log-sum-exp goes along. Raises what `hidden_states` does, and VerificationFailed
+    for vocabularies that differ, NonFiniteResult for a model that computes no numbers.
+    """
+    if tokens.shape[1] < 2:
+        raise VerificationFailed("a comparison needs a text of at least two tokens")
+    models = stream(reference), stream(candidate)
+    vocabulary = common_vocabulary(*models)
+    states = [finite_states(model, tokens) for model in models]
+    ours, theirs = Tally.start(tokens), Tally.start(tokens)
+    # sum of exp(reference logit - peak) * (reference logit - candidate logit) over the vocabulary so far
+    gap = ours.mass.clone()
+    for rows in vocabulary_blocks(*models, tokens.numel(), vocabulary):
+        logits, other = (model.logits(tokens, hidden, rows) for model, hidden in zip(models, states, strict=True))
+        shares, shrink = ours.add(logits, rows)
+        theirs.add(other, rows)
+        gap = gap * shrink + (shares * (logits - other)).sum(-1, dtype=gap.dtype)
+    # rounding can leave a divergence of nothing a little below it
+    kl = (gap / ours.mass - ours.log_mass() + theirs.log_mass()).clamp(min=0)
+    return Comparison(
+        kl=tuple(kl.flatten().tolist()),
+        agree=tuple((ours.best == theirs.best).flatten().tolist()),
+        reference_perplexity=ours.perplexity(),
+        candidate_perplexity=theirs.perplexity(),
+        vocabulary=vocabulary,
+    )
+
+
+@dataclass(slots=True)
+class Tally:
+    """One model's next-token distributions over the part of the vocabulary seen so far. All [batch, length]."""
+
+    peak: Tensor
+    """float32: the greatest logit."""
+    mass: Tensor
+    """float64: sum of exp(logit - peak)."""
+    best: Tensor
+    """int64: the token of the greatest logit; of several, the first."""
+    target: Tensor
+    """int64: the token that the text goes on with; -1 at its end."""
+    target_logit: Tensor
+
+    @classmethod
+    def start(cls, tokens: Tensor) -> Tally:
+        import torch
+
+        nothing = torch.zeros(tokens.shape, dtype=torch.float32)
+        target = tokens.roll(-1, dims=1)
+        target[:, -1] = -1
+        return cls(nothing - torch.inf, nothing.double(), target.clone(), target, nothing.clone())
+
+    def add(self, logits: Tensor, rows: range) -> tuple[Tensor, Tensor]:
+        """Take in float32 logits [batch, length, len(rows)] of the tokens `rows`.
+
+        Returns exp(logits - peak) under the new peak, and the factor that brings sums under the old peak to the new.
+        """
+        import torch
+
+        value, index = logits.max(-1)
+        self.best = torch.where(value > self.peak, index + rows.start, self.best)
+        peak = torch.maximum(value, self.peak)
+        shrink = (self.peak - peak).double().exp()
+        shares = (logits - peak.unsqueeze(-1)).exp_()
+        self.mass = self.mass * shrink + shares.sum(-1, dtype=self.mass.dtype)
+        self.peak = peak
+        place = (self.target - rows.start).clamp(0, len(rows) - 1).unsqueeze(-1)
+        here = (self.target >= rows.start) & (self.target < rows.stop)
+        self.target_logit = torch.where(here, logits.gather(-1, place).squeeze(-1), self.target_logit)
+        return shares, shrink
+
+    def log_mass(self) -> Tensor:
+        """float64 log of the sum of exp(logit)."""
+        return self.peak + self.mass.log()
+
+    def perplexity(self) -> float:
+        """exp of the mean of -log p(target), over the positions that have one."""
+        surprise = self.log_mass() - self.target_logit
+        return exp(surprise[:, :-1].mean().item())
+
+
+def finite_states(model: Streamed, tokens: Tensor) -> Tensor:
+    """`model.hidden(tokens)`. Raises NonFiniteResult where it is no numbers."""
+    states = model.hidden(tokens)
+    if not bool(states.isfinite().all()):
+        raise NonFiniteResult(
+            f"{model.source.path.name} computes NaN or infinity on the probe text; its weights are damaged"
+        )
+    return states
+
+
+def vocabulary_blocks(reference: Streamed, candidate: Streamed, positions: int, vocabulary: int) -> Iterator[range]:
+    """Cut the vocabulary so that a block of either head, and the logits it gives, stay about BLOCK_ELEMENTS."""
+    step = min(block_rows(reference.head), block_rows(candidate.head), max(BLOCK_ELEMENTS // positions, 1))
+    for start in range(0, vocabulary, step):
+        yield range(start, min(start + step, vocabulary))
+
+
+def common_vocabulary(reference: Streamed, candidate: Streamed) -> int:
+    """The number of tokens that both heads have. Raises VerificationFailed unless further rows are mere padding."""
+    sizes = reference.head.rows, candidate.head.rows
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    tokenizers = open_tokenizer(reference.source), open_tokenizer(candidate.source)
+    # a missing tokenizer leaves open what the further rows are
+    used = [max(tokenizer.get_vocab().values()) + 1 if tokenizer else max(sizes) for tokenizer in tokenizers]
+    if max(used) > min(sizes):
+        raise VerificationFailed(
+            f"{reference.source.path.name} has a vocabulary of {sizes[0]}, {candidate.source.path.name} one of {sizes[1]}, "
+            f"and {max(used)} tokens may be in use; models are compared over one vocabulary, or one and its padding"
+        )
+    return min(sizes)

@@ -1,0 +1,254 @@
+"""The only loop: each weight of a plan, block by block, from source to sink."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+from edgeport.blocks import decode_parts, encode_rows, ranges, read_parts
+from edgeport.device import Lane, opened, packed_bytes
+from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
+from edgeport.manifest import Receipt, WeightFact, fingerprint, hashes, write_manifest
+from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks
+from edgeport.planning import COPY_BYTES, Plan, Step
+from edgeport.registry import codec
+from edgeport.seams import Finishing
+from edgeport.staging import Staging, staged
+from edgeport.tensor import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeport.seams import Applied
+
+Progress = Callable[[str, int], None]
+"""Called with a weight's name and the bytes of the source that are done since the last call."""
+
+LEAST_RETENTION = 0.5
+GATE = {"verdict": "not assessed", "reason": "the port adds the patch as it is; shapes and names agree"}
+
+
+def silent(weight: str, nbytes: int) -> None:
+    """Progress for those who do not watch."""
+
+
+def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command: Sequence[str] = ()) -> Receipt:
+    """Carry out a plan. The output appears whole, or an error is raised and nothing is left."""
+    import torch  # before the meter starts: the bound is above the imports
+
+    return_freed_blocks()
+    began = time.perf_counter()
+    with torch.no_grad(), metered() as meter, ThreadPoolExecutor(1) as hasher:
+        inputs = hasher.submit(describe_inputs, plan)
+        with staged(plan.target.output, plan.files, plan.sink.folder) as staging, lane_for(plan) as lane:
+            facts = []
+            for step in plan.steps:
+                with about(step.target.name):
+                    fact = copy(plan, step, staging, progress) if step.copied else edit(plan, step, staging, lane, progress)
+                    facts.append(fact)
+                check_budget(plan)
+            lane.finish()
+            plan.sink.finish(staging.folder)
+            meter.peak = peak_bytes()
+            receipt = make_receipt(plan, tuple(facts), time.perf_counter() - began, meter.peak, meter.above, lane.peak_bytes())
+            refuse_lost(receipt, force)
+            write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
+    return receipt
+
+
+def lane_for(plan: Plan) -> AbstractContextManager[Lane]:
+    """The plan's device, with buffers for its largest block."""
+    blocks = [(weight, step) for step in plan.steps if not step.copied for weight in (step.origin, step.target)]
+    sizes = [packed_bytes(stop - start for start, stop in spans(weight, range(step.rows))) for weight, step in blocks]
+    return opened(plan.limits.device, max(sizes[::2], default=0), max(sizes[1::2], default=0), plan.limits.vram)
+
+
+def spans(weight: Weight, rows: range) -> list[tuple[int, int]]:
+    return [part.span(rows, weight.granule) for part in weight.parts.values()]
+
+
+def copy(plan: Plan, step: Step, staging: Staging, progress: Progress) -> WeightFact:
+    """Move an untouched weight's bytes as they are."""
+    size = max(min(COPY_BYTES, step.peak_bytes), 1)
+    for role, part in step.origin.parts.items():
+        name = step.target.parts[role].spec.name
+        staging.expect(name, part.spec.nbytes)
+        for start in range(0, part.spec.nbytes, size):
+            stop = min(start + size, part.spec.nbytes)
+            staging.write(name, start, plan.source.read(part.spec, start, stop))
+            progress(step.target.name, stop - start)
+    return WeightFact(step.target.name, "copy", step.target.shape, step.origin.format, step.target.format)
+
+
+def edit(plan: Plan, step: Step, staging: Staging, lane: Lane, progress: Progress) -> WeightFact:
+    """Decode, apply every edit, encode and write, `step.rows` rows at a time."""
+    for part in step.target.parts.values():
+        staging.expect(part.spec.name, part.spec.nbytes)
+    applied = [edit.load(lane.device) for edit in step.edits]
+    importance = (plan.sink.importance or {}).get(step.target.name)
+    survival = Survival()
+    share = step.origin.nbytes / max(step.target.rows, 1)
+    later: dict[str, list[Tensor]] = {}
+
+    def read(rows: range) -> Mapping[str, bytearray]:
+        return read_parts(plan.source, step.origin, known(step, rows))
+
+    for rows, parts in lane.blocks(ranges(step.target, step.rows, step.granule), read):
+        stored = compute(step, rows, parts, applied, importance, survival)
+        for role in stored.keys() - step.target.parts.keys():
+            later.setdefault(role, []).append(stored[role].cpu())
+        stored = {role: data for role, data in stored.items() if role in step.target.parts}
+        lane.store(stored, partial(put, staging, step.target, rows))
+        progress(step.target.name, round(share * rows.stop) - round(share * rows.start))
+    if later:
+        finish(step.target, later, staging, lane)
+    return WeightFact(
+        step.target.name, step.action, step.target.shape, step.origin.format, step.target.format,
+        "+".join(sorted({edit.semantics for edit in step.edits})) or None, *survival.figures(),
+    )  # fmt: skip
+
+
+def known(step: Step, rows: range) -> range:
+    """Those of the rows that the base has."""
+    return range(min(rows.start, step.origin.rows), min(rows.stop, step.origin.rows))
+
+
+def put(staging: Staging, target: Weight, rows: range, role: str, data: memoryview) -> None:
+    """Write what spells some rows of a weight's part. A table that all rows share goes with the first."""
+    part = target.parts[role]
+    if part.stride or rows.start == 0:
+        staging.write(part.spec.name, part.span(rows, target.granule)[0], data)
+
+
+def finish(target: Weight, later: dict[str, list[Tensor]], staging: Staging, lane: Lane) -> None:
+    """Write the parts that the codec makes of the whole weight. `later` is emptied."""
+    import torch
+
+    held = {role: torch.cat(later.pop(role)) for role in list(later)}
+    owner = codec(target.codec)
+    if not isinstance(owner, Finishing):
+        raise PlanViolation(f"{target.codec} returned {', '.join(held)}, which {target.name} has no part for")
+    lane.store(owner.finish(target, held), partial(put, staging, target, range(target.rows)))
+
+
+def compute(
+    step: Step, rows: range, parts: dict[str, Tensor], applied: Sequence[Applied], importance: Tensor | None, survival: Survival
+) -> Mapping[str, Tensor]:
+    """The stored bytes of the edited rows, by part. All device memory that a block takes is taken here.
+
+    `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
+    """
+    base = padded(step, rows, decode_parts(step.origin, parts))
+    parts.clear()
+    exact = base
+    for apply in applied:
+        exact = apply(rows, exact)
+    if not finite(exact):
+        where = "the base with the patch added" if finite(base) else "the base"
+        raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+    stored = encode_rows(step.target, exact, importance)
+    if applied:
+        survival.add(base, exact, decode_parts(step.target, stored).to(exact.device))
+    return stored
+
+
+def padded(step: Step, rows: range, base: Tensor) -> Tensor:
+    """The base's rows, with zeros for those that a grown vocabulary adds."""
+    import torch
+
+    missing = len(rows) - len(known(step, rows))
+    return torch.cat([base, base.new_zeros(missing, base.shape[1])]) if missing else base
+
+
+def finite(matrix: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Its extremes say so, and `isfinite` would take 7 bytes an element."""
+    return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
+
+
+class Survival:
+    """Sums over a weight's blocks that say how much of the patch the stored result keeps."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        """On the device, so that nothing waits: squares of base, exact, change and error, and <stored - base, change>."""
+
+    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> None:
+        import torch
+
+        # in pieces, whose temporaries are small and stay in the cache
+        size = -(-len(base) // 8) or 1
+        for pieces in zip(*(torch.split(one, size) for one in (base, exact, stored)), strict=True):
+            sums = products(*pieces)
+            self.sums = sums if self.sums is None else self.sums.add_(sums)
+
+    def figures(self) -> tuple[float, float, float] | tuple[None, None, None]:
+        """|change| / |base|, retention, |stored - exact| / |exact|; None where nothing changed."""
+        base, exact, change, error, kept = self.sums.tolist() if self.sums is not None else [0.0] * 5
+        if change == 0:
+            return None, None, None
+        relative = sqrt(change / base) if base else float("inf")
+        return round(relative, 6), round(kept / change, 6), round(sqrt(error / exact), 8) if exact else 0.0
+
+
+def products(base: Tensor, exact: Tensor, stored: Tensor) -> Tensor:
+    """float64 [5]: the sums of `Survival`."""
+    import torch
+
+    change, error = exact - base, stored - exact
+    sums = [inner(one, one) for one in (base, exact, change, error)]
+    del error
+    # each sum is float32 over a piece, and float64 over the pieces
+    return torch.stack([*sums, inner(stored - base, change)]).double()
+
+
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    return one.flatten().dot(other.flatten())
+
+
+def check_budget(plan: Plan) -> None:
+    """Stop a run whose process grows beyond --max-ram, whatever the reason."""
+    limit = plan.limits.ram
+    if limit is not None and peak_bytes() > limit:
+        raise BudgetTooSmall(
+            f"the process has taken {in_words(peak_bytes())}, above --max-ram {in_words(limit)}; this machine's libraries need "
+            "more than planned, so give a larger --max-ram"
+        )
+
+
+def describe_inputs(plan: Plan) -> dict[str, Any]:
+    """Name, hash and fingerprint of everything that went in."""
+    models = {"new_base": plan.source} | ({"old_base": plan.old} if plan.old else {})
+    described: dict[str, Any] = {
+        role: {"name": source.path.name, "fingerprint": fingerprint(source), "sha256": hashes(source.files)}
+        for role, source in models.items()
+    }
+    described["patches"] = [
+        {"name": patch.path.name, "kind": patch.kind, "scale": patch.scale, "sha256": hashes(patch.files)}
+        for patch in plan.patches
+    ]
+    return described
+
+
+def make_receipt(plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int) -> Receipt:
+    coverage: Mapping[str, int] = {"tensors": plan.patch_tensors, "consumed": plan.patch_tensors}
+    return Receipt(
+        output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
+        bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
+        peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
+        gate=GATE, notes=plan.notes,
+    )  # fmt: skip
+
+
+def refuse_lost(receipt: Receipt, force: bool) -> None:
+    """Raise PatchLost where rounding erased the patch: a quantized no-op must not pass for a port."""
+    survival = receipt.survival
+    if survival and survival["mean"] < LEAST_RETENTION and not force:
+        raise PatchLost(
+            f"rounding to the output's format keeps {survival['mean']:.0%} of the patch on average (least: {survival['worst']}, "
+            f"{survival['min']:.0%}); write a finer format (--quant Q8_0 or bf16), or --force to write it all the same"
+        )

@@ -1,0 +1,253 @@
+"""The extension surface on one page: what a codec, a patch kind and a container have to be.
+
+A new one is one file in `edgeport/codecs`, `edgeport/patches` or `converters` (or an installed package with an entry
+point in the group of that name) that holds an object named `codec`, `patch_kind` or `converter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from edgeport.tensor import TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Peek = Callable[[str], bytes]
+"""The content of a small stored tensor, by name: what some formats keep there belongs into a header."""
+
+
+class Source(Protocol):
+    """A model on disk, opened by its headers. `read` is the only call that brings stored bytes into memory."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def container(self) -> str:
+        """The converter's name."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """Every weight by its transformers name, in the order of the file."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`, or what a container without one says in its place."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files whose bytes are the model's weights: what a manifest hashes."""
+        ...
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        """Bytes `start` to `stop` of a stored tensor. Raises CorruptCheckpoint where the file ends early."""
+        ...
+
+    def assets(self, staging: Path) -> Mapping[str, Path]:
+        """Config, tokenizer and generation files in transformers' form, by file name.
+
+        A container that keeps them in another form writes them into `staging`, an empty folder, first.
+        """
+        ...
+
+
+class Codec(Protocol):
+    """A number format: which stored tensors spell a weight, and what a block of its rows means."""
+
+    name: str
+    formats: Mapping[str, str]
+    """Format name to what it can do: "rw" read and write, "r" read only, "" copy only."""
+    scratch: float
+    """Temporary bytes an element that decode or encode takes beyond its input and output."""
+
+    def claim(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], peek: Peek) -> Iterable[Weight]:
+        """The weights of an HF folder that are in this format, from headers, and from small tensors where it must be."""
+        ...
+
+    def layout(self, name: str, shape: tuple[int, ...], format: str) -> Weight:
+        """How a weight of that shape is stored. Raises BlockMismatch, DecodeOnly."""
+        ...
+
+    def decode(self, weight: Weight, parts: Mapping[str, Tensor]) -> Tensor:
+        """Stored bytes of some rows (uint8 tensors, by part) to float32 [rows, columns], on the same device."""
+        ...
+
+    def encode(self, weight: Weight, matrix: Tensor, importance: Tensor | None) -> Mapping[str, Tensor]:
+        """float32 [rows, columns] to the bytes of those rows (uint8 tensors, by part).
+
+        `importance` [columns]: mean square of each input channel, for codecs that weigh their error by it.
+        A part of stride 0 is written with the first rows. What is no part of the weight is kept for `Finishing.finish`.
+        """
+        ...
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """What a codec is, besides a `Codec`, that has to see a whole weight before it can write some of its parts."""
+
+    def held_bytes(self, weight: Weight) -> int:
+        """Memory that this takes while the weight passes."""
+        ...
+
+    def finish(self, weight: Weight, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Whole parts (uint8, by part) from what `encode` returned besides parts: all rows of it, in order, on the CPU."""
+        ...
+
+
+class Applied(Protocol):
+    def __call__(self, rows: range, matrix: Tensor) -> Tensor: ...
+
+
+class Edit(Protocol):
+    """What one patch does to one weight."""
+
+    @property
+    def target(self) -> str:
+        """The transformers name of the weight."""
+        ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The patch's tensors that this edit consumes."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape after the edit (a grown vocabulary has more rows)."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory for the edit's factors while its weight passes."""
+        ...
+
+    @property
+    def semantics(self) -> str:
+        """ "delta": a change is added to the new base. "operator": the base's value is computed anew or replaced."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Of an embedding that is also the head: whether the edit is meant for both."""
+        ...
+
+    def load(self, device: str) -> Applied:
+        """Read the factors and return the function from (rows, float32 block) to the edited block."""
+        ...
+
+
+class Patch(Protocol):
+    """A fine-tune's change to its base, opened by its headers."""
+
+    path: Path
+    kind: str
+    scale: float
+    tensors: Mapping[str, TensorSpec]
+    files: Sequence[Path]
+    facts: Mapping[str, Any]
+    """What `inspect` shows: rank, true scaling, target modules ..."""
+
+    def edits(self, new: Source, old: Source | None) -> Sequence[Edit]:
+        """Every edit, checked against the new base's headers.
+
+        With the `old` base, values that the patch replaces become differences to it.
+        Raises TargetMissing, ShapeMismatch, UnsupportedPatch.
+        """
+        ...
+
+    def assets(self) -> Mapping[str, Path]:
+        """Tokenizer files that come with the patch and replace the base's (a grown vocabulary)."""
+        ...
+
+
+class PatchKind(Protocol):
+    name: str
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` looks like a patch of this kind."""
+        ...
+
+    def open(self, path: Path, scale: float) -> Patch:
+        """Open by headers, to be applied `scale` times. Raises SourceError, UnsupportedPatch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """One output file, known to the byte before it is written.
+
+    `blobs`: (offset, bytes) pairs known beforehand (headers, small constant tensors).
+    `ranges`: offset of each stored tensor that the run will fill. What neither covers is zero padding.
+    """
+
+    name: str
+    size: int
+    blobs: tuple[tuple[int, bytes], ...]
+    ranges: Mapping[str, int]
+
+
+class Sink(Protocol):
+    """A container as an output: pure, but for `finish`."""
+
+    folder: bool
+    """Whether the output is a folder (else one file, or several beside each other)."""
+    importance: Mapping[str, Tensor] | None
+    """[columns] of an importance matrix by weight name, where the user gave one."""
+
+    notes: Sequence[str]
+    """What the output will not do as the model does, for the user to hear before it is written."""
+
+    def place(self, weight: Weight) -> Weight:
+        """How the container will store this weight. Raises ConvertError, CodecError."""
+        ...
+
+    def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
+        """Names, sizes and byte ranges of all output files."""
+        ...
+
+    def finish(self, staging: Path) -> None:
+        """Write the small companion files (config, tokenizer, index) into `staging`."""
+        ...
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the user asked of an output container. A container refuses the options that it does not know."""
+
+    output: Path
+    quant: str | None = None
+    max_shard_bytes: int | None = None
+    imatrix: Path | None = None
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """config.json as it has to be after the patches (tie_word_embeddings, vocab_size)."""
+    assets: Mapping[str, Path] = field(default_factory=dict)
+    """Files of the patch that replace the source's own."""
+
+
+class Converter(Protocol):
+    """A container: recognises, opens and writes one."""
+
+    name: str
+    reads: bool
+    writes: bool
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` looks like this container."""
+        ...
+
+    def open(self, path: Path) -> Source:
+        """Open by headers. Raises SourceError."""
+        ...
+
+    def sink(self, source: Source, target: Target) -> Sink:
+        """Raises ConvertError, UnknownName, before a byte is written."""
+        ...

@@ -1,0 +1,105 @@
+"""An output that appears whole or not at all: ranges written into a hidden sibling, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgeport.errors import PlanViolation
+from edgeport.planning import manifest_path
+from edgeport.seams import FileLayout
+
+if sys.platform == "win32":
+    raise ImportError("edgeport writes by positioned writes, which Windows lacks; use WSL")
+
+
+@dataclass(slots=True)
+class Staging:
+    """Files of known size being filled by tensor name and offset, in any order."""
+
+    folder: Path
+    files: dict[str, int]
+    places: dict[str, tuple[str, int]]
+    missing: dict[str, int] = field(default_factory=dict)
+
+    def expect(self, tensor: str, nbytes: int) -> None:
+        self.missing[tensor] = nbytes
+
+    def write(self, tensor: str, offset: int, data: memoryview | bytes | bytearray) -> None:
+        """Write `data` at byte `offset` of a stored tensor. Raises PlanViolation outside of what was planned."""
+        if tensor not in self.places:
+            raise PlanViolation(f"{tensor} has no planned place in the output")
+        name, begin = self.places[tensor]
+        view = memoryview(data).cast("B")
+        self.missing[tensor] -= len(view)
+        if self.missing[tensor] < 0:
+            raise PlanViolation(f"{tensor} got more bytes than planned")
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self.files[name], view[done:], begin + offset + done)
+
+    def close(self) -> None:
+        for handle in self.files.values():
+            os.close(handle)
+        self.files.clear()
+
+
+@contextmanager
+def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterator[Staging]:
+    """Files filled in the block appear as `output` when it ends, and leave nothing behind when it fails."""
+    # the prefix is fixed, so that a killed run's leftover is found and replaced by the next
+    place = output.with_name(f".{output.name}.partial")
+    if place.exists():
+        shutil.rmtree(place)
+    place.mkdir()
+    staging = Staging(place, {}, {})
+    try:
+        for layout in layouts:
+            handle = os.open(place / layout.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            staging.files[layout.name] = handle
+            os.truncate(handle, layout.size)
+            for offset, blob in layout.blobs:
+                os.pwrite(handle, blob, offset)
+            staging.places.update({tensor: (layout.name, offset) for tensor, offset in layout.ranges.items()})
+        yield staging
+        short = {tensor: left for tensor, left in staging.missing.items() if left}
+        if short or set(staging.missing) != set(staging.places):
+            raise PlanViolation(f"planned bytes were not written: {short or set(staging.places) ^ set(staging.missing)}")
+        staging.close()
+        commit(place, output, folder)
+    finally:
+        staging.close()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def commit(place: Path, output: Path, folder: bool) -> None:
+    """fsync, then rename into place; what stood there (the plan has allowed it) goes last."""
+    for path in place.iterdir():
+        _sync(path)
+    _sync(place)
+    if not folder:
+        # the manifest goes last: an output without one is not done
+        manifest = manifest_path(output, False).name
+        for path in sorted(place.iterdir(), key=lambda path: path.name == manifest):
+            os.replace(path, output.with_name(path.name))
+    else:
+        replaced = output.with_name(f".{output.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if output.exists():
+            os.rename(output, replaced)
+        os.rename(place, output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    _sync(output.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,325 @@
+"""The command line's contract: what is on stdout, which files appear, what is imported, and that runs repeat to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.bad_input import NORM, export, listing, model, patch, port, run, tokenizer, weights
+from bench.shapes import Shape, write_model, write_patch
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "peft", "tokenizers", "sentencepiece", "gguf", "llama_cpp", "onnxruntime", "huggingface_hub"}
+
+PORT_KEYS = {
+    "output", "files", "bytes_in", "bytes_out", "weights", "patched", "copied", "seconds", "peak_ram_bytes",
+    "peak_above_import_bytes", "peak_vram_bytes", "survival", "coverage", "gate",
+}  # fmt: skip
+PLAN_KEYS = {"peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "steps"}
+SHARED = ("output", "files", "bytes_in", "bytes_out", "weights", "patched", "copied", "coverage")
+
+
+def said(argv: list[str]) -> dict[str, Any]:
+    """The one JSON object that a command prints."""
+    answer = run([*argv, "--json"])
+    assert answer.code == 0, answer.error
+    return dict(json.loads(answer.output))
+
+
+CALL = """
+import sys
+from edgeport.cli import main
+def call():
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+call()
+"""
+
+
+def child(argv: list[str], before: str = "", after: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a fresh process, with something to do before edgeport is imported and after it has run."""
+    script = f"{before}{CALL}{after}"
+    return subprocess.run(
+        [sys.executable, "-c", script, *argv], cwd=ROOT, env=os.environ | environment, text=True, capture_output=True, timeout=300
+    )
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def content(output: Path) -> dict[str, str]:
+    """Hash by file, but for the manifest, which holds seconds and peaks."""
+    return {name: found for name, found in listing(output).items() if not name.endswith("edgeport.json")}
+
+
+def test_port_says_what_it_did(tmp_path: Path) -> None:
+    facts = said(port(tmp_path))
+    out = tmp_path / "out"
+    assert facts.keys() >= PORT_KEYS
+    assert facts["output"] == str(out)
+    assert facts["files"] == {"model.safetensors": (out / "model.safetensors").stat().st_size}
+    assert facts["patched"] == 1 and facts["copied"] == facts["weights"] - 1
+    assert facts["coverage"] == {"tensors": 2, "consumed": 2}
+    assert facts["survival"].keys() == {"mean", "min", "worst"} and facts["gate"].keys() == {"verdict", "reason"}
+    assert facts["peak_vram_bytes"] == 0 < facts["peak_above_import_bytes"] < facts["peak_ram_bytes"]
+    manifest = json.loads((out / "edgeport.json").read_text())
+    assert manifest["files"].keys() == {"config.json", "model.safetensors"}
+    assert manifest["inputs"].keys() >= {"new_base", "patches"}
+
+
+def test_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
+    argv = port(tmp_path)
+    before = listing(tmp_path)
+    plan = said([*argv, "--dry-run"])
+    assert "peak RAM" in run([*argv, "--dry-run"]).output
+    assert listing(tmp_path) == before
+    assert plan.keys() >= PLAN_KEYS
+    assert [step["action"] for step in plan["steps"]].count("patch") == 1
+    facts = said(argv)
+    assert [plan[key] for key in SHARED] == [facts[key] for key in SHARED]
+    assert plan["disk_bytes"] >= sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+
+
+def test_quiet_and_plain_output(tmp_path: Path) -> None:
+    argv = port(tmp_path)
+    quiet = run([*argv, "--quiet"])
+    assert (quiet.code, quiet.output, quiet.error) == (0, "", "")
+    plain = run([*argv, "--overwrite"])
+    assert "patch tensors" in plain.output and plain.error == ""
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_overwrite_replaces_an_output_of_edgeport(to: str, tmp_path: Path) -> None:
+    base = model(tmp_path)
+    tokenizer(base, 320)
+    output = tmp_path / ("out" if to == "hf" else "out.gguf")
+    argv = port(tmp_path, base, None, "--to", to, to=output.name)
+    assert run(argv).code == 0
+    first = content(tmp_path)
+    assert run(argv).code == 1
+    assert content(tmp_path) == first
+    assert run([*argv, "--overwrite", "--quant", "f16"]).code == 0
+    assert content(tmp_path).keys() == first.keys() and content(tmp_path) != first
+    assert run([*argv, "--overwrite"]).code == 0
+    assert content(tmp_path) == first
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert run([*port(tmp_path), "--overwrite"]).code == 0
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_verify(to: str, tmp_path: Path) -> None:
+    base = model(tmp_path)
+    tokenizer(base, 320)
+    output = tmp_path / ("out" if to == "hf" else "out.gguf")
+    assert run(export(base, output, "--to", to)).code == 0
+    found = said(["verify", str(output)])
+    assert found["verified"] is True and found["output"] == str(output)
+    assert found["files"] == (content(output) if to == "hf" else {output.name: listing(tmp_path)[output.name]})
+    data = bytearray((file := output if to == "gguf" else output / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    answer = run(["verify", str(output), "--json"])
+    assert (answer.code, answer.output) == (1, "") and f"{file.name} has changed" in answer.error
+
+
+def test_inspect_model(tmp_path: Path) -> None:
+    base = model(tmp_path)
+    facts = said(["inspect", str(base)])
+    assert (facts["kind"], facts["container"], facts["model_type"], facts["tied_head"]) == ("model", "hf", "llama", False)
+    assert facts["formats"] == {"F32": facts["weights"]} and facts["codecs"] == ["plain"]
+    assert facts["tensors"][NORM] == {"shape": [32], "format": "F32"}
+    assert facts["fingerprint"] == said(["inspect", str(model(tmp_path, "copy"))])["fingerprint"]
+    assert run(port(tmp_path, base)).code == 0
+    assert said(["inspect", str(tmp_path / "out")])["fingerprint"] != facts["fingerprint"]
+    assert "model_type" in run(["inspect", str(base)]).output
+
+
+def test_inspect_patch(tmp_path: Path) -> None:
+    given = patch(tmp_path)
+    facts = said(["inspect", str(given)])
+    assert (facts["kind"], facts["patch_kind"]) == ("patch", "lora")
+    assert (facts["rank"], facts["alpha"], facts["scaling"], facts["rslora"]) == ([4], 8, [2.0], False)
+    assert facts["target_modules"] == ["q_proj"] and len(facts["tensors"]) == 2
+    assert facts["base_fingerprint"] is None
+
+
+def test_inspect_gguf(tmp_path: Path) -> None:
+    base = model(tmp_path)
+    tokenizer(base, 320)
+    assert run(export(base, tmp_path / "out.gguf", "--quant", "Q8_0")).code == 0
+    facts = said(["inspect", str(tmp_path / "out.gguf")])
+    assert (facts["kind"], facts["container"], facts["model_type"]) == ("model", "gguf", "llama")
+    assert facts["tensors"]["lm_head.weight"] == {"shape": [320, 32], "format": "Q8_0"}
+    assert facts["tensors"].keys() == said(["inspect", str(base)])["tensors"].keys()
+
+
+def test_a_patch_that_records_its_base_ports_from_it_alone(tmp_path: Path) -> None:
+    old, given = model(tmp_path, "old"), patch(tmp_path)
+    record = {"base_fingerprint": said(["inspect", str(old)])["fingerprint"]}
+    (given / "edgeport.json").write_text(json.dumps(record))
+    assert said(["inspect", str(given)])["base_fingerprint"] == record["base_fingerprint"]
+    other = model(tmp_path, "other", {name: values + 1 for name, values in weights().items()})
+    assert run(port(tmp_path, old, given, "--old-base", str(old), to="one")).code == 0
+    assert run(port(tmp_path, old, given, "--old-base", str(other), to="two")).code == 1
+    assert run(port(tmp_path, old, given, "--old-base", str(other), "--force", to="two")).code == 0
+
+
+def test_formats() -> None:
+    known = said(["formats"])
+    assert known["codecs"]["plain"]["BF16"] == "rw"
+    assert known["containers"]["hf"] == known["containers"]["gguf"] == "read+write"
+    assert "lora" in known["patches"]
+    assert "container gguf" in run(["formats"]).output
+
+
+USAGE = {
+    "no verb": [],
+    "unknown verb": ["merge"],
+    "missing options": ["port"],
+    "missing argument": ["verify"],
+    "unknown option": ["formats", "--yaml"],
+    "a word for a number": ["verify", "out", "--tokens", "many"],
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage(name: str) -> None:
+    assert run(USAGE[name]).code == 2
+
+
+def test_version() -> None:
+    from edgeport import __version__
+
+    assert run(["--version"]).output == f"edgeport {__version__}\n"
+
+
+LIGHT: dict[str, Callable[[Path], list[str]]] = {
+    "help": lambda folder: ["--help"],
+    "formats": lambda folder: ["formats"],
+    "inspect a folder": lambda folder: ["inspect", str(model(folder))],
+    "inspect a patch": lambda folder: ["inspect", str(patch(folder))],
+    "inspect a GGUF": lambda folder: ["inspect", str(exported(folder))],
+    "verify": lambda folder: ["verify", str(exported(folder))],
+    "dry run": lambda folder: port(folder, None, None, "--dry-run"),
+    "dry run to GGUF": lambda folder: [*export(with_tokenizer(folder), folder / "dry.gguf", "--quant", "Q4_K_M"), "--dry-run"],
+}
+
+
+def with_tokenizer(folder: Path) -> Path:
+    base = model(folder)
+    tokenizer(base, 320)
+    return base
+
+
+def exported(folder: Path) -> Path:
+    assert run(export(with_tokenizer(folder), folder / "out.gguf", "--quant", "Q8_0")).code == 0
+    return folder / "out.gguf"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_needs_no_computing_imports_nothing_heavy(name: str, tmp_path: Path) -> None:
+    show = "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    done = ran(child(LIGHT[name](tmp_path), after=show))
+    # a GGUF's tensor names are gguf-py's, which brings sentencepiece and nothing larger
+    allowed = {"gguf", "sentencepiece"} if "GGUF" in name else set()
+    assert not (HEAVY - allowed) & set(done.stderr.split())
+
+
+NO_NETWORK = """
+import socket
+def refuse(*arguments, **options):
+    raise AssertionError("the network was used")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+def test_local_folders_port_without_a_network(tmp_path: Path) -> None:
+    ran(child(port(tmp_path), before=NO_NETWORK, HF_HUB_OFFLINE="0"))
+    assert run(["verify", str(tmp_path / "out")]).code == 0
+
+
+def cached(cache: Path, folder: Path, name: str, branch: str) -> None:
+    """Move a folder into the hub's cache, as a download would have left it there."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / branch).write_text(commit)
+    (place / "snapshots").mkdir()
+    folder.rename(place / "snapshots" / commit)
+
+
+def test_hub_names_are_found_in_the_local_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run(port(tmp_path, to="local")).code == 0
+    cached(cache, tmp_path / "base", "org/tiny-base", "main")
+    cached(cache, tmp_path / "patch", "org/tiny-patch", "v1.0")
+    argv = port(tmp_path, "org/tiny-base", "org/tiny-patch@v1.0:1.0", "--offline")
+    ran(child(argv, before=NO_NETWORK, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="0"))
+    assert content(tmp_path / "out") == content(tmp_path / "local")
+
+
+SMALL = Shape(hidden=512, layers=1, feed_forward=1024, vocabulary=1024, heads=8, kv_heads=4)
+
+
+def test_the_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
+    base, given = write_model(SMALL, tmp_path / "base", None), write_patch(SMALL, tmp_path / "patch")
+    tokenizer(base, SMALL.vocabulary)
+    both = "sys.argv = [word.replace('/out', '/out.gguf') for word in sys.argv] + ['--to', 'gguf', '--quant', 'Q4_K_M']\ncall()"
+    worlds: dict[str, tuple[str, dict[str, str]]] = {
+        "one thread": ("", {"OMP_NUM_THREADS": "1"}),
+        "two threads": ("", {"OMP_NUM_THREADS": "2"}),
+        "one core": ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", {}),
+    }
+    found = {}
+    for name, (before, environment) in worlds.items():
+        folder = tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        ran(child(port(folder, base, given), before=before, after=both, **environment))
+        found[name] = content(folder)
+    assert {"out.gguf", "out/model.safetensors"} < found["one core"].keys()
+    assert found["one thread"] == found["two threads"] == found["one core"]
+
+
+LARGE = Shape(hidden=1024, layers=1, feed_forward=2816, vocabulary=49152, heads=16, kv_heads=4)
+MAX_RAM = 400_000_000
+
+
+def test_max_ram_bounds_the_process(tmp_path: Path) -> None:
+    # the embedding alone takes 100 MB, of which 32 MB are free under this bound
+    base, given = write_model(LARGE, tmp_path / "base", None), write_patch(LARGE, tmp_path / "patch")
+    show = "from edgeport.memory import peak_bytes\nprint(peak_bytes(), file=sys.stderr)"
+    done = ran(child(port(tmp_path, base, given, "--quant", "f16", "--max-ram", str(MAX_RAM)), after=show))
+    assert int(done.stderr.split()[-1]) <= MAX_RAM
+
+
+def test_shards_reload_with_transformers(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = model(tmp_path)
+    assert run(port(tmp_path, base, None, to="whole")).code == 0
+    files = said(port(tmp_path, base, tmp_path / "patch", "--max-shard-size", "50kB"))["files"]
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    assert shards == [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == said(["inspect", str(base)])["tensors"].keys()
+    whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    assert whole.keys() == cut.keys() and all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert run(["verify", str(tmp_path / "out")]).code == 0

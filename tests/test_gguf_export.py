@@ -1,0 +1,179 @@
+"""The oracles are llama.cpp, which runs our files, transformers, which says what they should compute, and gguf-py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import edgeport
+from edgeport.demo import packaged_model
+from edgeport.errors import UnmappedTensor
+from edgeport.locate import open_model
+from tests.conftest import TinyLlama, save_tokenizer
+
+LENGTH = 60
+VOCABULARY = 320
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama 2": {"model_type": "llama", "tie_word_embeddings": False},
+    "Llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3, "head_dim": 32},
+    "Mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+    "Gemma 2": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    "Qwen 2": {"model_type": "qwen2"},
+    "Qwen 3": {"model_type": "qwen3", "head_dim": 32},
+    "SmolLM": {"model_type": "llama", "tie_word_embeddings": True},
+}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    def make(family: str, hidden: int = 64) -> Path:
+        settings = dict(FAMILIES[family])
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            settings.pop("model_type"), vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden,
+            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+            rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=None, **settings,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.data = noise * 1.2 / hidden**0.5 if parameter.ndim > 1 else parameter.data + noise * 0.2
+        model.save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", VOCABULARY)
+        return tmp_path / "model"
+
+    return make
+
+
+def tokens() -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(3, VOCABULARY, LENGTH)]
+
+
+def llama_logits(path: Path) -> np.ndarray[Any, Any]:
+    llm = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=1, n_gpu_layers=0)
+    llm.eval(tokens())
+    scores = np.array(llm.scores[:LENGTH])
+    llm.close()
+    return scores
+
+
+def transformers_logits(path: Path) -> np.ndarray[Any, Any]:
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(torch.tensor([tokens()])).logits[0].numpy()  # type: ignore[no-any-return]
+
+
+def relative(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_transformers_computes(family: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make(family)
+    edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf", quant="f32")
+    expected = transformers_logits(base)
+    found = llama_logits(tmp_path / "out.gguf")
+    # llama.cpp keeps its attention cache in f16
+    assert relative(found, expected) < 2e-3
+    assert float((found.argmax(1) == expected.argmax(1)).mean()) >= 0.95
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_back_from_gguf_to_a_folder(family: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make(family)
+    edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf", quant="f32")
+    edgeport.export(model=tmp_path / "out.gguf", output=tmp_path / "back", to="hf", quant="f32")
+    assert relative(transformers_logits(tmp_path / "back"), transformers_logits(base)) < 1e-5
+
+
+QUANTS = ["Q8_0", "Q4_0", "Q6_K", "Q4_K_M", "Q3_K_M", "Q5_K_M", "Q2_K", "IQ4_NL", "IQ4_XS", "f16", "bf16"]
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_llama_cpp_reads_the_numbers_that_were_written(quant: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    edgeport.export(model=make("Llama 2", hidden=256), output=tmp_path / "out.gguf", to="gguf", quant=quant)
+    edgeport.export(model=tmp_path / "out.gguf", output=tmp_path / "decoded", to="hf", quant="f32")
+    # llama.cpp rounds activations to 8 bits for its integer kernels
+    assert relative(llama_logits(tmp_path / "out.gguf"), transformers_logits(tmp_path / "decoded")) < 0.06
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert {tensor.name for tensor in reader.tensors} >= {"token_embd.weight", "blk.2.ffn_down.weight", "output.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers:UserWarning")
+def test_port_to_gguf_is_the_folder_port_in_another_container(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(tied=True)
+    options = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "patch")
+    edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out", to="hf")
+    edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out.gguf", to="gguf")
+    assert relative(llama_logits(tmp_path / "out.gguf"), transformers_logits(tmp_path / "out")) < 2e-3
+    folder, file = open_model(tmp_path / "out"), open_model(tmp_path / "out.gguf")
+    assert folder.weights.keys() == file.weights.keys() and "lm_head.weight" in file.weights
+
+
+def test_split_files_load_and_are_read_back(make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make("Qwen 3")
+    receipt = edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf", max_shard_size="150KB")
+    names = sorted(receipt.files)
+    assert len(names) > 2 and names[0] == f"out-00001-of-{len(names):05}.gguf"
+    assert relative(llama_logits(tmp_path / names[0]), transformers_logits(base)) < 2e-3
+    edgeport.verify(tmp_path / "out.gguf")
+    edgeport.export(model=tmp_path / names[0], output=tmp_path / "whole.gguf", to="gguf")
+    edgeport.export(model=base, output=tmp_path / "direct.gguf", to="gguf")
+    whole, direct = (gguf.GGUFReader(tmp_path / name) for name in ("whole.gguf", "direct.gguf"))
+    for one, other in zip(whole.tensors, direct.tensors, strict=True):
+        assert one.name == other.name and np.array_equal(one.data, other.data)
+
+
+def test_an_untouched_gguf_is_byte_equal(tmp_path: Path) -> None:
+    edgeport.export(model=packaged_model(), output=tmp_path / "same.gguf", to="gguf")
+    assert (tmp_path / "same.gguf").read_bytes() == packaged_model().read_bytes()
+
+
+def test_tensor_type_overrides(make: Callable[..., Path], tmp_path: Path) -> None:
+    edgeport.export(
+        model=make("Llama 2"), output=tmp_path / "out.gguf", to="gguf", quant="Q8_0",
+        tensor_type=[("ffn_up", "Q5_1")], output_tensor_type="f16", token_embedding_type="bf16",
+    )  # fmt: skip
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert types["blk.1.ffn_up.weight"] == "Q5_1" and types["blk.1.ffn_down.weight"] == "Q8_0"
+    assert types["output.weight"] == "F16" and types["token_embd.weight"] == "BF16"
+
+
+def test_a_tensor_without_a_name_in_gguf_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make("Llama 2")
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(base / "model.safetensors")
+    save_file({**state, "model.layers.0.extra.weight": torch.zeros(2, 2)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnmappedTensor, match=r"model\.layers\.0\.extra\.weight"):
+        edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_chat_template_survives(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf")
+    llm = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
+    assert llm.metadata["tokenizer.chat_template"] == template
+    llm.close()

@@ -1,0 +1,179 @@
+"""The oracle is PEFT: its own merge on the same inputs, or its unmerged forward where its merge is known to be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import edgeport
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def save_base(folder: Path, *, tied: bool = False, bias: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, max_position_embeddings=128, tie_word_embeddings=tied, attention_bias=bias,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def save_patch(base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A PEFT adapter whose every trained value is random, as after training."""
+    model = peft.get_peft_model(load(base, dtype), peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged(base: Path, *patches: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    model: Any = load(base, dtype)
+    for patch in patches:
+        model = peft.PeftModel.from_pretrained(model, patch).merge_and_unload()
+    return dict(model.state_dict())
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ATTENTION},
+    "all linear": {"target_modules": LINEAR},
+    "rslora": {"target_modules": LINEAR, "use_rslora": True, "r": 9},
+    "patterns": {
+        "target_modules": LINEAR,
+        "rank_pattern": {"q_proj": 7, "model.layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {"v_proj": 5, r"layers\.0\.self_attn\.q_proj": 11},
+    },
+    "bias all": {"target_modules": ATTENTION, "bias": "all"},
+    "bias lora only": {"target_modules": ATTENTION, "bias": "lora_only"},
+    "head": {"target_modules": [*ATTENTION, "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules to save": {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    "token rows": {"target_modules": ATTENTION, "trainable_token_indices": [3, 300, 17]},
+    "eva and gaussian leave the base": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding.*:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_port_equals_peft_merge_bit_for_bit(name: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", bias=name.startswith("bias"))
+    patch = save_patch(base, tmp_path / "patch", **CASES[name])
+    expected = merged(base, patch)
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    found = dict(load(tmp_path / "out").state_dict())
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), f"{key}: {(found[key] - value).abs().max()}"
+    assert receipt.coverage["tensors"] == receipt.coverage["consumed"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_within_one_rounding_of_peft(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=dtype)
+    patch = save_patch(base, tmp_path / "patch", dtype=dtype, target_modules=LINEAR)
+    expected = merged(base, patch, dtype=dtype)
+    edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    for key, value in load(tmp_path / "out", dtype).state_dict().items():
+        step = torch.finfo(dtype).eps * expected[key].abs().float().clamp_min(torch.finfo(dtype).tiny)
+        assert bool(((value.float() - expected[key].float()).abs() <= step).all()), key
+
+
+def test_two_patches_and_a_scale(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    first = save_patch(base, tmp_path / "one", target_modules=ATTENTION)
+    second = save_patch(base, tmp_path / "two", target_modules=LINEAR, r=3)
+    edgeport.port(patch=[first, second], new_base=base, output=tmp_path / "both")
+    expected = merged(base, first, second)
+    for key, value in load(tmp_path / "both").state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    edgeport.port(patch=f"{first}:0.5", new_base=base, output=tmp_path / "half")
+    halfway, whole, start = load(tmp_path / "half").state_dict(), merged(base, first), load(base).state_dict()
+    for key, value in halfway.items():
+        torch.testing.assert_close(value, (whole[key] + start[key]) / 2, rtol=1e-6, atol=1e-6)
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.arange(40).reshape(1, -1) * 7 % 320
+    with torch.no_grad():
+        return model.eval()(tokens).logits  # type: ignore[no-any-return]
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "token rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("name", TIED)
+def test_tied_base_computes_what_the_unmerged_adapter_computes(name: str, tmp_path: Path) -> None:
+    # PEFT's merge writes into the one tensor that both share; its forward is what was trained
+    base = save_base(tmp_path / "base", tied=True)
+    patch = save_patch(base, tmp_path / "patch", **TIED[name])
+    expected = logits(peft.PeftModel.from_pretrained(load(base), patch))
+    edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    out = load(tmp_path / "out")
+    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=1e-5)
+    assert out.config.tie_word_embeddings is (name == "token rows")
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_grown_vocabulary(tied: bool, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tied=tied)
+    model = load(base)
+    model.resize_token_embeddings(325, mean_resizing=False)
+    saved = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    trained: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved,
+                                                             ensure_weight_tying=tied))  # fmt: skip
+    torch.manual_seed(3)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    trained.save_pretrained(tmp_path / "patch")
+    expected = logits(trained)
+    edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out")
+    out = load(tmp_path / "out")
+    assert out.config.vocab_size == 325 and out.config.tie_word_embeddings is tied
+    torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_old_base_turns_replaced_values_into_differences(tmp_path: Path) -> None:
+    old = save_base(tmp_path / "old")
+    patch = save_patch(old, tmp_path / "patch", target_modules=ATTENTION, modules_to_save=["norm", "lm_head"])
+    evolved = load(old)
+    torch.manual_seed(4)
+    for parameter in evolved.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.01
+    evolved.save_pretrained(tmp_path / "new")
+    edgeport.port(patch=patch, new_base=tmp_path / "new", old_base=old, output=tmp_path / "out")
+    tuned, before, out = merged(old, patch), load(old).state_dict(), load(tmp_path / "out").state_dict()
+    for key, value in evolved.state_dict().items():
+        torch.testing.assert_close(out[key], value + (tuned[key] - before[key]), rtol=1e-5, atol=1e-5)
+
+
+def test_untouched_weights_are_byte_equal(tmp_path: Path, read_tensors: Callable[[Path], dict[str, bytes]]) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    patch = save_patch(base, tmp_path / "patch", target_modules=["q_proj"])
+    edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "out")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "q_proj" in name}

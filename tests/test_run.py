@@ -1,0 +1,160 @@
+"""The loop: bytes, facts, budgets and failures of whole ports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import edgeport
+from bench.shapes import Shape, write_model, write_patch
+from edgeport import run
+from edgeport.blocks import ranges
+from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost
+from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
+from edgeport.patches.lora import LowRank
+from edgeport.registry import codec
+
+SHAPE = Shape(256, 2, 640, 1003, 4, 2)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_model(SHAPE, tmp_path / "base", None)
+
+
+@pytest.fixture
+def patch(tmp_path: Path) -> Path:
+    return write_patch(SHAPE, tmp_path / "patch")
+
+
+def test_untouched_weights_are_copied_and_progress_adds_up(
+    base: Path, patch: Path, tmp_path: Path, read_tensors: Callable[[Path], dict[str, bytes]]
+) -> None:
+    seen: list[int] = []
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", progress=lambda name, n: seen.append(n))
+    assert sum(seen) == receipt.bytes_in
+    before, after = read_tensors(base), read_tensors(tmp_path / "out")
+    copied = {fact.weight for fact in receipt.facts if fact.action == "copy"}
+    assert copied == {name for name in before if "proj" not in name}
+    assert {name for name in before if before[name] == after[name]} == copied
+
+
+def test_manifest_and_receipt(base: Path, patch: Path, tmp_path: Path) -> None:
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "edgeport.json").read_text())
+    for name, entry in content["files"].items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(content["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"edgeport.json"}
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    assert content["inputs"]["new_base"]["sha256"] == {"model.safetensors": digest}
+    assert len(content["per_weight"]) == receipt.to_json()["patched"] == 14
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    factors = load_file(patch / "adapter_model.safetensors")
+    for fact in content["per_weight"]:
+        name = "base_model.model." + fact["weight"].removesuffix(".weight")
+        exact = factors[f"{name}.lora_B.weight"].double() @ factors[f"{name}.lora_A.weight"].double()
+        before, after = old[fact["weight"]].double(), new[fact["weight"]].double()
+        moved = after - before
+        assert fact["change"] == pytest.approx((exact.norm() / before.norm()).item(), rel=1e-3)
+        assert fact["retention"] == pytest.approx(((moved * exact).sum() / exact.square().sum()).item(), abs=1e-3)
+        assert fact["error"] == pytest.approx(((moved - exact).norm() / (before + exact).norm()).item(), rel=1e-2)
+    assert receipt.seconds > 0 and receipt.peak_ram_bytes > receipt.peak_above_import_bytes > 0
+    assert receipt.peak_vram_bytes == 0
+    assert receipt.bytes_out == sum(receipt.files.values()) == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_a_patch_that_rounding_erases_is_refused(smollm2_gguf: Path, tmp_path: Path) -> None:
+    shape = Shape(576, 30, 1536, 49152, 9, 3)
+    patch = write_patch(shape, tmp_path / "patch", 1)
+    faint = {name: value for name, value in load_file(patch / "adapter_model.safetensors").items() if ".layers.0." in name}
+    save_file({name: value * 1e-3 for name, value in faint.items()}, patch / "adapter_model.safetensors")
+    job: dict[str, Any] = {"patch": patch, "new_base": smollm2_gguf, "output": tmp_path / "out.gguf", "to": "gguf"}
+    with pytest.raises(PatchLost, match="keeps"):
+        edgeport.port(**job)
+    assert {path.name for path in tmp_path.iterdir()} == {"patch"}
+    receipt = edgeport.port(**job, force=True)
+    assert receipt.survival is not None and receipt.survival["mean"] < 0.5
+    content = json.loads((tmp_path / "out.gguf.edgeport.json").read_text())
+    assert content["survival"] == receipt.survival
+    assert all(fact["retention"] is not None for fact in content["per_weight"])
+
+
+def test_nan_in_the_base_is_refused_and_named(base: Path, patch: Path, tmp_path: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][7, 3] = float("nan")
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(NonFiniteResult, match="the base holds NaN") as caught:
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    assert name in str(caught.value) or caught.value.tensor == name
+
+
+def test_nothing_is_left_by_a_failure_in_the_middle(
+    base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: LowRank, device: str) -> Any:
+        def apply(rows: range, matrix: torch.Tensor) -> torch.Tensor:
+            raise ArithmeticError("in the middle")
+
+        return apply if "layers.1" in self.target else lambda rows, matrix: matrix
+
+    monkeypatch.setattr(LowRank, "load", load)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_process_above_its_budget_is_stopped(base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "peak_bytes", lambda: IMPORT_BYTES * 10)
+    with pytest.raises(BudgetTooSmall, match="above --max-ram"):
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", max_ram=IMPORT_BYTES * 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_depend_on_neither_block_size_nor_threads(
+    threads: int, base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    read_tensors: Callable[[Path], dict[str, bytes]],
+) -> None:  # fmt: skip
+    whole = edgeport.plan(patch=patch, new_base=base, output=tmp_path / "whole")
+    small = edgeport.plan(patch=patch, new_base=base, output=tmp_path / "small", max_ram=IMPORT_BYTES + ALLOWANCE_BYTES + MIB)
+    assert max(step.rows for step in whole.steps if step.edits) >= 8 * min(step.rows for step in small.steps if step.edits)
+    monkeypatch.setattr(run, "check_budget", lambda plan: None)  # pytest's own process is larger
+    run.run(whole)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run.run(small)
+    finally:
+        torch.set_num_threads(before)
+    assert read_tensors(tmp_path / "whole") == read_tensors(tmp_path / "small")
+
+
+def test_gguf_bytes_do_not_depend_on_block_size(smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = write_patch(Shape(576, 1, 1536, 49152, 9, 3), tmp_path / "patch")
+    monkeypatch.setattr(run, "check_budget", lambda plan: None)
+    for name, budget in {"small": IMPORT_BYTES + ALLOWANCE_BYTES + 8 * MIB, "whole": None}.items():
+        output = tmp_path / f"{name}.gguf"
+        plan = edgeport.plan(patch=patch, new_base=smollm2_gguf, output=output, to="gguf", quant="Q4_K_M", max_ram=budget)
+        run.run(plan, force=True)
+    assert (tmp_path / "small.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_blocks_are_equal_and_whole_granules() -> None:
+    weight = codec("plain").layout("w", (1003, 8), "F32")
+    for rows in (32, 100, 500, 2000):
+        blocks = list(ranges(weight, rows, 1))
+        assert [row for block in blocks for row in block] == list(range(1003))
+        assert min(map(len, blocks)) >= 16 and max(map(len, blocks)) <= rows
+    assert all(block.start % 64 == 0 for block in ranges(weight, 128, 64))
+
+
