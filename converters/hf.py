@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_range, safetensors_bytes
+from edgeport.codecs import bnb4, int8
 from edgeport.codecs.plain import TYPES
-from edgeport.errors import AmbiguousFormat, ConvertError, CorruptCheckpoint, MissingTensor, NotACheckpoint, UnknownName
+from edgeport.errors import (
+    AmbiguousFormat,
+    ConvertError,
+    CorruptCheckpoint,
+    MissingTensor,
+    NotACheckpoint,
+    UnknownName,
+    UnsupportedArchitecture,
+)
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import FileLayout, Source, Target
-from edgeport.tensor import TensorSpec, Weight
+from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +41,12 @@ PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DEFAULT_SHARD_BYTES = 5 * 10**9
+READABLE = ("bitsandbytes",)
+"""The values of quant_method whose tensors a codec claims."""
 PEEK_BYTES = 1 << 16
+QUANTS = {"nf4": "NF4", "nf4-dq": "NF4_DQ", "fp4": "FP4", "fp4-dq": "FP4_DQ", "int8": int8.FORMAT}
+"""--quant to bitsandbytes' formats; dq: double quantization, whose scales are quantized too."""
+LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +98,7 @@ def open_folder(path: Path) -> Folder:
         raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in READABLE):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "a quantization_config of no known form"
         raise AmbiguousFormat(
             f"{path} is quantized ({method}), which edgeport does not read yet; give the unquantized folder or a GGUF file"
@@ -113,18 +128,37 @@ def open_folder(path: Path) -> Folder:
 
 @dataclass(frozen=True, slots=True)
 class FolderSink:
-    """Writes a transformers folder of plain numbers."""
+    """Writes a transformers folder: each weight in the format it has, unless `format` or `quant` say another."""
 
     source: Source
     target: Target
     format: str | None
+    """The plain format of every weight that is not to be in `quant`."""
+    quant: str | None = None
+    """bitsandbytes' format of the linear layers."""
     folder: bool = True
     importance: Mapping[str, Tensor] | None = None
     notes: Sequence[str] = ()
 
     def place(self, weight: Weight) -> Weight:
+        if self.quant and is_linear(weight):
+            return weight if weight.format == self.quant else self.quantized(weight, self.quant)
+        if weight.codec != "plain" and not self.format:
+            return weight
         format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
         return codec("plain").layout(weight.name, weight.shape, format)
+
+    def quantized(self, weight: Weight, format: str) -> Weight:
+        """Laid out as transformers would quantize it on loading."""
+        if format == int8.FORMAT:
+            return codec("int8").layout(weight.name, weight.shape, format)
+        return bnb4.lay_out(weight.name, weight.shape, bnb4.new_state(format, self.dtype))
+
+    @property
+    def dtype(self) -> str:
+        """The type that the model computes in, in which transformers has a weight before it quantizes it."""
+        stated = self.target.config.get("dtype", self.target.config.get("torch_dtype"))
+        return CONFIG_DTYPES[self.format] if self.format else stated if stated in bnb4.DTYPES else "bfloat16"
 
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         shards = self.shards(weights)
@@ -147,12 +181,12 @@ class FolderSink:
         groups: list[dict[str, TensorSpec]] = [{}]
         filled = 0
         for weight in weights:
-            spec = weight.parts["data"].spec
-            if groups[-1] and filled + spec.nbytes > limit:
+            if groups[-1] and filled + weight.nbytes > limit:
                 groups.append({})
                 filled = 0
-            groups[-1][spec.name] = spec
-            filled += spec.nbytes
+            groups[-1].update({part.spec.name: part.spec for part in weight.parts.values()})
+            filled += weight.nbytes
+        groups = [aligned(group) for group in groups]
         if len(groups) == 1:
             return {SINGLE_FILES[0]: groups[0]}
         return {f"model-{n:05}-of-{len(groups):05}.safetensors": specs for n, specs in enumerate(groups, 1)}
@@ -166,8 +200,45 @@ class FolderSink:
         if self.format:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
             config[key] = CONFIG_DTYPES[self.format]
+            config.pop("quantization_config", None)
+        if self.quant:
+            config["quantization_config"] = quantization_config(self.quant, self.dtype, config.get("quantization_config"))
         if config != dict(self.source.config) or not (staging / "config.json").exists():
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def is_linear(weight: Weight) -> bool:
+    """Whether transformers quantizes it: the linear layers of the decoder, and not the head. Raises UnsupportedArchitecture.
+
+    Source: transformers `quantizers.base.get_keys_to_not_convert`, `integrations.bitsandbytes.replace_with_bnb_linear`.
+    """
+    if weight.name in (EMBEDDING, HEAD) or len(weight.shape) < 2 or weight.format in set(TYPES) - set(FLOATS):
+        return False
+    if len(weight.shape) == 2 and LINEAR.fullmatch(weight.name):
+        return True
+    raise UnsupportedArchitecture(
+        f"{weight.name} {list(weight.shape)} may or may not be a layer that bitsandbytes quantizes; edgeport knows that of "
+        "decoders with dense layers (model.layers.N....) alone; use --quant bf16, or --to gguf"
+    )
+
+
+def quantization_config(quant: str, dtype: str, present: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What transformers writes into config.json (`BitsAndBytesConfig.to_dict`); the present one where it says the same."""
+    four, (kind, nested) = quant in bnb4.FORMATS, bnb4.FORMATS.get(quant, ("fp4", False))
+    told = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "load_in_4bit": four, "load_in_8bit": not four}
+    if present and all(present.get(key) == value for key, value in told.items()):
+        return present
+    defaults = {
+        "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_compute_dtype": dtype if four else "float32",
+        "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes",
+    }  # fmt: skip
+    return dict(sorted((told | defaults).items()))
+
+
+def aligned(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The widest types first, as safetensors orders them, so that every tensor starts on a multiple of its element."""
+    return dict(sorted(specs.items(), key=lambda item: -TYPES[item[1].dtype][0]))
 
 
 def _whole(name: str, content: bytes) -> FileLayout:
@@ -191,10 +262,10 @@ class HuggingFace:
         if given:
             raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
         quant = (target.quant or "").lower()
-        if quant and quant not in PRECISIONS:
-            raise UnknownName(miss(list(PRECISIONS), quant, "--quant of an HF folder"))
-        plain = all(weight.codec == "plain" for weight in source.weights.values())
-        return FolderSink(source, target, PRECISIONS.get(quant, None if plain else "BF16"))
+        if quant and quant not in PRECISIONS | QUANTS:
+            raise UnknownName(miss([*PRECISIONS, *QUANTS], quant, "--quant of an HF folder"))
+        kept = source.container == self.name or all(weight.codec == "plain" for weight in source.weights.values())
+        return FolderSink(source, target, PRECISIONS.get(quant, None if kept else "BF16"), QUANTS.get(quant))
 
 
 converter = HuggingFace()

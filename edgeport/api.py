@@ -11,10 +11,11 @@ from edgeport.errors import WrongBase
 from edgeport.locate import open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, verify_hashes
 from edgeport.memory import parse_bytes
-from edgeport.planning import Limits, Plan, make_plan
+from edgeport.planning import Plan, make_plan
 from edgeport.registry import converter
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
+from edgeport.steps import Limits
 
 if TYPE_CHECKING:
     from edgeport.probe import Comparison
@@ -32,6 +33,7 @@ class Options(TypedDict, total=False):
     tensor_type: Sequence[tuple[str, str]]
     output_tensor_type: str | None
     token_embedding_type: str | None
+    rounding: str
     max_ram: str | int | None
     max_vram: str | int | None
     device: str
@@ -70,7 +72,9 @@ def plan(
         _bytes(options.get("max_ram")), _bytes(options.get("max_vram")), devices.choose(options.get("device", "auto"))
     )
     chosen = converter(options.get("to", "hf"))
-    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False))
+    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False),
+        rounding=options.get("rounding", "auto"),
+    )  # fmt: skip
 
 
 def port(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama.c
 TensorType = Annotated[list[str] | None, typer.Option(help="REGEX=TYPE for some tensors; repeats.")]
 OutputType = Annotated[str | None, typer.Option("--output-tensor-type", help="Type of the output head.")]
 EmbeddingType = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embedding.")]
+Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -134,6 +136,7 @@ def port(
     tensor_type: TensorType = None,
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
+    rounding: Rounding = "auto",
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     device: Device = "auto",
@@ -151,7 +154,7 @@ def port(
             patch=list(patch), new_base=new_base, output=output, old_base=old_base, to=to, quant=quant,
             max_shard_size=max_shard_size, imatrix=imatrix, tensor_type=pairs(tensor_type),
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type, max_ram=max_ram,
-            max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline,
+            max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, force, not no_progress, quiet)
 
@@ -269,4 +272,6 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 
 def main() -> None:
+    # OpenMP's threads spin while they wait, and where cores are shared they take them from the hashing thread and others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -7,8 +7,8 @@ return the old codes, and the patch is lost.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from edgeport.tensor import Weight
 
@@ -44,6 +44,10 @@ class Grid:
     def group(self) -> int:
         """Columns that share a step."""
         return self.codes.shape[1] // self.step.shape[1]
+
+    def of_rows(self, some: slice) -> Grid:
+        """The grid of some of the rows, on the same memory."""
+        return replace(self, step=self.step[some], offset=self.offset[some], codes=self.codes[some])
 
     def values(self, codes: Tensor | None = None) -> Tensor:
         """float32 [rows, columns] that `codes` (uint8 [rows, columns]; the stored ones if None) stand for."""
@@ -129,6 +133,7 @@ class Grid:
         return (slice(first, min(first + size, groups)) for first in range(0, groups, size))
 
 
+@runtime_checkable
 class Gridded(Protocol):
     """What a codec is, besides a `Codec`, whose formats keep a code for each weight and scales for groups of them."""
 

@@ -28,6 +28,8 @@ class WeightFact:
     shape: tuple[int, ...]
     origin: str
     stored: str
+    rounding: str | None = None
+    """How values became codes: "nearest" with fresh scales, or a rule on the base's own grid."""
     semantics: str | None = None
     change: float | None = None
     """|change| / |base|"""

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from edgeport.errors import AmbiguousFormat, UnknownName
+from edgeport.rounding import Rounding
 from edgeport.seams import Codec, Converter, PatchKind, Peek
 
 
@@ -51,6 +52,10 @@ def codec_of(format: str) -> Codec:
     """The codec that owns a format name such as BF16 or Q4_K."""
     owners = {known: codec for codec in codecs().values() for known in codec.formats}
     return cast(Codec, lookup(owners, format, "number format"))
+
+
+def roundings() -> dict[str, Rounding]:
+    return members("edgeport.rounding", "rounding")
 
 
 def lookup(known: dict[str, Any], name: str, what: str) -> Any:

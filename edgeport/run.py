@@ -6,19 +6,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from math import isfinite, sqrt
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import TYPE_CHECKING, Any, cast
 
-from edgeport.blocks import decode_parts, encode_rows, ranges, read_parts
+from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ranges, read_parts
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
+from edgeport.grid import Gridded
 from edgeport.manifest import Receipt, WeightFact, fingerprint, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks
-from edgeport.planning import COPY_BYTES, Plan, Step
-from edgeport.registry import codec
-from edgeport.seams import Finishing
+from edgeport.planning import Plan
+from edgeport.registry import codec, roundings
+from edgeport.rounding import AUTO, NEAREST, ON_GRID, on_grid
+from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
+from edgeport.steps import COPY_BYTES, Step, same_grid
+from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
 if TYPE_CHECKING:
@@ -30,6 +35,9 @@ Progress = Callable[[str, int], None]
 """Called with a weight's name and the bytes of the source that are done since the last call."""
 
 LEAST_RETENTION = 0.5
+PROBE_ROWS = 32
+NEAR_GRID = 0.125
+"""Steps from the grid, on average, below which nearest rounding would undo a small change."""
 GATE = {"verdict": "not assessed", "reason": "the port adds the patch as it is; shapes and names agree"}
 
 
@@ -89,6 +97,7 @@ def edit(plan: Plan, step: Step, staging: Staging, lane: Lane, progress: Progres
     """Decode, apply every edit, encode and write, `step.rows` rows at a time."""
     for part in step.target.parts.values():
         staging.expect(part.spec.name, part.spec.nbytes)
+    step = settled(step, plan.source)
     applied = [edit.load(lane.device) for edit in step.edits]
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
@@ -109,7 +118,8 @@ def edit(plan: Plan, step: Step, staging: Staging, lane: Lane, progress: Progres
         finish(step.target, later, staging, lane)
     return WeightFact(
         step.target.name, step.action, step.target.shape, step.origin.format, step.target.format,
-        "+".join(sorted({edit.semantics for edit in step.edits})) or None, *survival.figures(),
+        step.rounding if step.edits else None, "+".join(sorted({edit.semantics for edit in step.edits})) or None,
+        *survival.figures(),
     )  # fmt: skip
 
 
@@ -144,6 +154,7 @@ def compute(
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
     base = padded(step, rows, decode_parts(step.origin, parts))
+    grid_parts = dict(parts) if step.rounding != NEAREST and same_grid(step.origin, step.target) else None
     parts.clear()
     exact = base
     for apply in applied:
@@ -151,10 +162,41 @@ def compute(
     if not finite(exact):
         where = "the base with the patch added" if finite(base) else "the base"
         raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-    stored = encode_rows(step.target, exact, importance)
+    if step.rounding == NEAREST:
+        stored = encode_rows(step.target, exact, importance)
+    else:
+        stored = round_on_grid(step, rows, grid_parts or encode_rows(step.target, base, importance), exact)
     if applied:
         survival.add(base, exact, decode_parts(step.target, stored).to(exact.device))
     return stored
+
+
+def round_on_grid(step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor) -> Mapping[str, Tensor]:
+    """The edited rows on the grid that `parts` spell: scales stay, and the step's rule chooses the codes."""
+    owner = cast(Gridded, codec(step.target.codec))
+    codes = on_grid(
+        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.target.name, rows.start
+    )
+    return owner.with_codes(step.target, parts, codes)
+
+
+def settled(step: Step, source: Source) -> Step:
+    """The step with its rule decided: do plain numbers lie on, or near, the grid that encoding finds for them?
+
+    They do where they were quantized before, and a small drift since then leaves them near it. The first rows tell:
+    numbers that were never quantized are a quarter of a step from the grid on average.
+    """
+    if step.rounding != AUTO:
+        return step
+    from torch import minimum
+
+    owner = cast(Gridded, codec(step.target.codec))
+    rows = range(min(step.granule * -(-PROBE_ROWS // step.granule), step.origin.rows))
+    base = decode_rows(source, step.origin, rows)
+    grid = owner.grid(step.target, encode_rows(step.target, base))
+    _, _, fraction = grid.bracket(arrange(base, step.target))
+    distance = float(minimum(fraction, 1 - fraction).mean())
+    return replace(step, rounding=ON_GRID if distance < NEAR_GRID else NEAREST)
 
 
 def padded(step: Step, rows: range, base: Tensor) -> Tensor:
@@ -168,46 +210,6 @@ def padded(step: Step, rows: range, base: Tensor) -> Tensor:
 def finite(matrix: Tensor) -> bool:
     """Whether no value is NaN or infinite. Its extremes say so, and `isfinite` would take 7 bytes an element."""
     return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
-
-
-class Survival:
-    """Sums over a weight's blocks that say how much of the patch the stored result keeps."""
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-        """On the device, so that nothing waits: squares of base, exact, change and error, and <stored - base, change>."""
-
-    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> None:
-        import torch
-
-        # in pieces, whose temporaries are small and stay in the cache
-        size = -(-len(base) // 8) or 1
-        for pieces in zip(*(torch.split(one, size) for one in (base, exact, stored)), strict=True):
-            sums = products(*pieces)
-            self.sums = sums if self.sums is None else self.sums.add_(sums)
-
-    def figures(self) -> tuple[float, float, float] | tuple[None, None, None]:
-        """|change| / |base|, retention, |stored - exact| / |exact|; None where nothing changed."""
-        base, exact, change, error, kept = self.sums.tolist() if self.sums is not None else [0.0] * 5
-        if change == 0:
-            return None, None, None
-        relative = sqrt(change / base) if base else float("inf")
-        return round(relative, 6), round(kept / change, 6), round(sqrt(error / exact), 8) if exact else 0.0
-
-
-def products(base: Tensor, exact: Tensor, stored: Tensor) -> Tensor:
-    """float64 [5]: the sums of `Survival`."""
-    import torch
-
-    change, error = exact - base, stored - exact
-    sums = [inner(one, one) for one in (base, exact, change, error)]
-    del error
-    # each sum is float32 over a piece, and float64 over the pieces
-    return torch.stack([*sums, inner(stored - base, change)]).double()
-
-
-def inner(one: Tensor, other: Tensor) -> Tensor:
-    return one.flatten().dot(other.flatten())
 
 
 def check_budget(plan: Plan) -> None:

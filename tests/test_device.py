@@ -24,8 +24,8 @@ from edgeport.checkpoint import Stored
 from edgeport.codecs.plain import codec as plain
 from edgeport.errors import BudgetTooSmall, UnknownName
 from edgeport.memory import MIB
-from edgeport.patches import lora
-from edgeport.planning import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
+from edgeport.patches import edits
+from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
 from edgeport.tensor import TensorSpec
 
 SHAPES = {"square": (4096, 4096), "embedding": (128256, 4096), "wide": (4096, 14336), "one more row": (4097, 4096)}
@@ -62,10 +62,10 @@ class Slices(TorchFunctionMode):
         return tensor
 
 
-def low_rank(name: str, shape: tuple[int, int], rank: int) -> lora.LowRank:
+def low_rank(name: str, shape: tuple[int, int], rank: int) -> edits.LowRank:
     down, up = (Stored(TensorSpec(f"{name}.{factor}", "BF16", size, 2 * size[0] * size[1]), Path("patch"), 0)
                 for factor, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))))  # fmt: skip
-    return lora.LowRank(name, shape, down, up, 1.0, False, False)
+    return edits.LowRank(name, shape, down, up, 1.0, False, False)
 
 
 def step_of(shape: tuple[int, int], rank: int | None, formats: tuple[str, str], vram: int | None, edits: int = 1) -> Step:
@@ -80,7 +80,7 @@ def counted(steps: Sequence[Step], monkeypatch: pytest.MonkeyPatch) -> int:
     Uploads and downloads overlap as in `CudaLane`: the next block's bytes are there, and the last one's result still is.
     """
     monkeypatch.setattr(run, "finite", lambda matrix: matrix.aminmax() is not None)  # there is no value to read back
-    monkeypatch.setattr(lora, "factor", lambda stored: torch.empty(stored.spec.shape))
+    monkeypatch.setattr(edits, "factor", lambda stored: torch.empty(stored.spec.shape))
     with torch.no_grad(), Slices(), FakeTensorMode(), LiveBytes() as live:
         for step in steps:
             applied = [edit.load("cuda:0") for edit in step.edits]

@@ -18,7 +18,7 @@ from edgeport import run
 from edgeport.blocks import ranges
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
-from edgeport.patches.lora import LowRank
+from edgeport.patches.edits import LowRank
 from edgeport.registry import codec
 
 SHAPE = Shape(256, 2, 640, 1003, 4, 2)
@@ -77,6 +77,7 @@ def test_a_patch_that_rounding_erases_is_refused(smollm2_gguf: Path, tmp_path: P
     faint = {name: value for name, value in load_file(patch / "adapter_model.safetensors").items() if ".layers.0." in name}
     save_file({name: value * 1e-3 for name, value in faint.items()}, patch / "adapter_model.safetensors")
     job: dict[str, Any] = {"patch": patch, "new_base": smollm2_gguf, "output": tmp_path / "out.gguf", "to": "gguf"}
+    job["rounding"] = "nearest"
     with pytest.raises(PatchLost, match="keeps"):
         edgeport.port(**job)
     assert {path.name for path in tmp_path.iterdir()} == {"patch"}

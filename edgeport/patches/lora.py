@@ -15,16 +15,15 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.blocks import decode_rows
-from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_range
-from edgeport.codecs.plain import torch_type
-from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
+from edgeport.checkpoint import Stored, open_checkpoint, read_json
+from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
+from edgeport.patches.edits import LowRank, Replace, ReplaceRows
 from edgeport.patches.names import PEFT_PREFIX, resolve
-from edgeport.seams import Applied, Edit, Source
+from edgeport.seams import Edit, Source
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
@@ -48,157 +47,6 @@ LOW_RANK = re.compile(
 )
 TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<leaf>weight|bias)$")
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """delta = s B A, with B [out, r] and A [r, in]; `transposed` where the weight is stored [in, out]."""
-
-    target: str
-    shape: tuple[int, ...]
-    down: Stored
-    up: Stored
-    scaling: float
-    transposed: bool
-    tied: bool
-    semantics: str = "delta"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.down.spec.name, self.up.spec.name
-
-    @property
-    def held_bytes(self) -> int:
-        # the raw bytes and their float32 copy stand side by side while a factor is read
-        return sum(stored.spec.nbytes + 4 * stored.spec.shape[0] * stored.spec.shape[1] for stored in (self.down, self.up))
-
-    def load(self, device: str) -> Applied:
-        down, up = factor(self.down).to(device), factor(self.up).to(device)
-
-        def apply(rows: range, matrix: Tensor) -> Tensor:
-            if self.transposed:
-                delta = (up @ down[:, rows.start : rows.stop]).T
-            else:
-                delta = up[rows.start : rows.stop] @ down
-            return matrix + delta * self.scaling
-
-        return apply
-
-
-@dataclass(frozen=True, slots=True)
-class Replace:
-    """Whole values of a weight, in rows; as differences to `old` where that is known."""
-
-    target: str
-    shape: tuple[int, ...]
-    value: Stored
-    scale: float
-    old: tuple[Source, Weight] | None
-    tied: bool
-
-    @property
-    def semantics(self) -> str:
-        return "delta" if self.old else "operator"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.value.spec.name,)
-
-    @property
-    def held_bytes(self) -> int:
-        return 0  # its rows are read block by block
-
-    def load(self, device: str) -> Applied:
-        columns = self.shape[-1]
-
-        def apply(rows: range, matrix: Tensor) -> Tensor:
-            value = stored_rows(self.value, rows, columns).to(device)
-            before = self.old_rows(rows, device)
-            if before is None:
-                return value if self.scale == 1 else matrix + (value - matrix) * self.scale
-            known = len(before)
-            changed = matrix[:known] + (value[:known] - before) * self.scale
-            return changed if known == len(value) else _cat([changed, value[known:]])
-
-        return apply
-
-    def old_rows(self, rows: range, device: str) -> Tensor | None:
-        if self.old is None:
-            return None
-        source, weight = self.old
-        return decode_rows(source, weight, range(min(rows.start, weight.rows), min(rows.stop, weight.rows)), device)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplaceRows:
-    """Single rows of an embedding or a head, by index; as differences to `old` where that is known."""
-
-    target: str
-    shape: tuple[int, ...]
-    value: Stored
-    indices: tuple[int, ...]
-    scale: float
-    old: tuple[Source, Weight] | None
-    tied: bool = True
-    """PEFT gives the rows of a tied head the same values itself."""
-
-    @property
-    def semantics(self) -> str:
-        return "delta" if self.old else "operator"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.value.spec.name,)
-
-    @property
-    def held_bytes(self) -> int:
-        return 3 * 4 * len(self.indices) * self.shape[-1]
-
-    def load(self, device: str) -> Applied:
-        values = stored_rows(self.value, range(len(self.indices)), self.shape[-1]).to(device)
-
-        def apply(rows: range, matrix: Tensor) -> Tensor:
-            matrix = matrix.clone()
-            for position, index in enumerate(self.indices):
-                if index in rows:
-                    before = matrix[index - rows.start] if self.old is None else self.old_row(index, device)
-                    change = values[position] - before
-                    exact = self.old is None and self.scale == 1
-                    matrix[index - rows.start] = values[position] if exact else matrix[index - rows.start] + change * self.scale
-            return matrix
-
-        return apply
-
-    def old_row(self, index: int, device: str) -> Tensor:
-        assert self.old is not None
-        source, weight = self.old
-        start = index - index % weight.row_granule
-        block = decode_rows(source, weight, range(start, min(start + weight.row_granule, weight.rows)), device)
-        return block[index - start]
-
-
-def _cat(blocks: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(blocks)
-
-
-def factor(stored: Stored) -> Tensor:
-    """A whole stored matrix as float32."""
-    return stored_rows(stored, range(stored.spec.shape[0]), stored.spec.shape[1])
-
-
-def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:
-    """Some rows of a plain stored tensor as float32 [rows, columns]. Raises NonFiniteResult."""
-    import torch
-
-    dtype = torch_type(stored.spec.dtype)
-    size = columns * dtype.itemsize
-    data = read_range(stored.path, stored.offset + rows.start * size, stored.offset + rows.stop * size)
-    values = torch.frombuffer(data, dtype=dtype).view(-1, columns).float()
-    if not bool(values.isfinite().all()):
-        raise NonFiniteResult(f"the patch tensor {stored.spec.name} holds NaN or infinity")
-    return values
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""One weight's way from source to sink, cut into blocks of rows that fit the memory that is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+from typing import cast
+
+from edgeport.errors import BudgetTooSmall, about
+from edgeport.grid import Gridded
+from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
+from edgeport.registry import codec
+from edgeport.rounding import AUTO, NEAREST, ON_GRID, PIECES
+from edgeport.rounding import SCRATCH as ROUNDING_SCRATCH
+from edgeport.seams import Edit, Finishing
+from edgeport.tensor import Weight
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements a block has when memory does not ask for fewer: large enough to keep the cores busy, small enough for caches."""
+FLOAT_BYTES = 4
+EDIT_BYTES = 16
+"""Bytes an element that one edit takes beside the block it is given: at most four float32 matrices, as a value that is
+replaced by its difference to the old base does (LoRA: delta, scaled delta, result)."""
+GRID_BYTES = 2.5
+"""Bytes an element of a grid: codes as stored and as chosen, scales and offsets of groups of 16 or more."""
+SURVIVAL_BYTES = 2
+"""Bytes an element that `run.Survival` takes: three float32 matrices of an eighth of the block's rows."""
+LEAST_ROWS = 32
+"""Rows of an edited block, if the weight has so many: below 12 a matrix product rounds otherwise than the whole one does
+(MKL and torch 2.13, any rank and width), and equal blocks of at most 32 rows have 16 or more."""
+VRAM_FIXED_BYTES = 64 * MIB
+"""Device memory beside the blocks: cuBLAS's workspace (32 MiB on Hopper, 8 before), torch's unfilled 20 MiB segments."""
+COPY_BYTES = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user allows. `ram` and `vram` in bytes for the whole process; None: as the plan sees fit."""
+
+    ram: int | None = None
+    vram: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One weight's way from source to sink: copied byte for byte, or decoded, edited and encoded `rows` at a time."""
+
+    origin: Weight
+    target: Weight
+    edits: tuple[Edit, ...]
+    rows: int
+    peak_bytes: int
+    """On the CPU, with the edits' factors."""
+    vram_bytes: int = 0
+    rounding: str = NEAREST
+
+    @property
+    def granule(self) -> int:
+        return common_granule(self.origin, self.target)
+
+    @property
+    def copied(self) -> bool:
+        return not self.edits and stored_alike(self.origin, self.target)
+
+    @property
+    def action(self) -> str:
+        return "copy" if self.copied else "patch" if self.edits else "recode"
+
+
+def stored_alike(origin: Weight, target: Weight) -> bool:
+    """Whether the target's bytes are the origin's."""
+    return (origin.codec, origin.format, origin.arrangement, origin.shape, origin.nbytes) == (
+        target.codec, target.format, target.arrangement, target.shape, target.nbytes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Bytes that one block may take in the process and, with `cuda`, on the device; None: no bound but the default's."""
+
+    ram: int | None = None
+    vram: int | None = None
+    cuda: bool = False
+
+
+def block_budget(limits: Limits, fixed: int) -> Allowed:
+    """What the limits leave for a block. Raises BudgetTooSmall where not even the process fits."""
+    cuda = limits.device == "cuda"
+    least = IMPORT_BYTES + ALLOWANCE_BYTES + fixed
+    if limits.ram is not None and limits.ram <= least:
+        raise BudgetTooSmall(
+            f"--max-ram {in_words(limits.ram)} is too small: Python, torch and the output's header alone take {in_words(least)}"
+        )
+    if cuda and limits.vram is not None and limits.vram <= VRAM_FIXED_BYTES:
+        raise BudgetTooSmall(
+            f"--max-vram {in_words(limits.vram)} is too small: cuBLAS and torch's allocator take {in_words(VRAM_FIXED_BYTES)}"
+        )
+    ram = None if limits.ram is None else limits.ram - least
+    return Allowed(ram, limits.vram - VRAM_FIXED_BYTES if cuda and limits.vram is not None else None, cuda)
+
+
+def common_granule(origin: Weight, target: Weight) -> int:
+    """Rows that neither side's format or arrangement lets apart."""
+    return min(lcm(origin.row_granule, target.row_granule), target.rows) or 1
+
+
+def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], wanted: str) -> str:
+    """The rule for one weight. Nearest where the format has no grid, and where nothing pulls the values off it.
+
+    `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; weights of plain
+    numbers may, if they were quantized before, and the run tries some.
+    """
+    owner = codec(target.codec)
+    if not edits or not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
+        return NEAREST
+    if wanted != AUTO:
+        return wanted
+    return ON_GRID if same_grid(origin, target) else AUTO if origin.codec == "plain" else NEAREST
+
+
+def same_grid(origin: Weight, target: Weight) -> bool:
+    """Whether the base's scales serve the output: both are in one format, arranged alike."""
+    return stored_alike(origin, target) and origin.parameters == target.parameters
+
+
+def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, wanted: str = NEAREST) -> Step:
+    """Choose the rows of a block so that it fits what is allowed. Raises BudgetTooSmall."""
+    if not edits and stored_alike(origin, target):
+        piece = COPY_BYTES if allowed.ram is None else min(COPY_BYTES, allowed.ram)
+        return Step(origin, target, edits, target.rows, min(piece, target.nbytes))
+    # every edit's factors are loaded before the first block
+    held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target)
+    granule = common_granule(origin, target)
+    least = min(-(-LEAST_ROWS // granule) * granule, target.rows) if edits else granule
+    each_host, each_device = host_bytes(origin, target, edits, allowed.cuda), device_bytes(origin, target, edits)
+    rows = max(BLOCK_ELEMENTS // max(target.columns, 1) // granule * granule, least)
+    rows = min(rows, -(-target.rows // granule) * granule)
+    bounds: list[tuple[int | None, float, str]] = [(allowed.ram, each_host, "--max-ram")]
+    bounds += [(allowed.vram, each_device, "--max-vram")] * allowed.cuda
+    for room, each, option in bounds:
+        if room is None:
+            continue
+        row_bytes = each * max(target.columns, 1)
+        fitting = int((room - held) // row_bytes) // granule * granule
+        if fitting < least:
+            with about(target.name):
+                raise BudgetTooSmall(
+                    f"its smallest block takes {in_words(held + least * row_bytes)}, and the budget leaves {in_words(room)} "
+                    f"for a block; raise {option}"
+                )
+        rows = min(rows, fitting)
+    elements = rows * target.columns
+    vram = held + int(elements * each_device) if allowed.cuda else 0
+    return Step(origin, target, edits, rows, held + int(elements * each_host), vram, rounding_of(origin, target, edits, wanted))
+
+
+def finishing_bytes(target: Weight) -> int:
+    """What the target's codec keeps of every block until the weight is done."""
+    owner = codec(target.codec)
+    return owner.held_bytes(target) if isinstance(owner, Finishing) else 0
+
+
+def compute_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...]) -> float:
+    """Bytes an element while a block is computed: the greatest of what its four stages hold at once.
+
+        stage     stored in   base    result   stored out   temporaries
+        decode        x         x                            the codec's, or one copy to turn or pad rows
+        edit                    x        x                   EDIT_BYTES, the new result among them
+        encode                  x        x          x        the codec's, copies to turn and shift rows
+        survival                x        x          x        the decoded result, and as decode
+    """
+    stored_in, stored_out = (weight.nbytes / max(weight.elements, 1) for weight in (origin, target))
+    decode, encode = codec(origin.codec).scratch, codec(target.codec).scratch
+    grown = origin.shape != target.shape
+    turned_in, turned_out = (
+        FLOAT_BYTES * (bool(weight.arrangement.heads) + bool(weight.arrangement.shift)) for weight in (origin, target)
+    )
+    stages = [stored_in + FLOAT_BYTES + max(decode, turned_in, FLOAT_BYTES * grown)]
+    # without an edit the result is the base
+    matrices = FLOAT_BYTES * (2 if edits else 1)
+    stages.append(matrices + stored_out + turned_out + encode)
+    if edits:
+        stages.append(FLOAT_BYTES * min(len(edits), 2) + EDIT_BYTES)
+        stages.append(matrices + stored_out + FLOAT_BYTES + max(encode, turned_out, SURVIVAL_BYTES))
+    if rounding_of(origin, target, edits, AUTO) != NEAREST:
+        # beside both matrices: the bytes in, the grid, the codes in and out, the rule's own
+        scratch = cast(Gridded, codec(target.codec)).grid_scratch + ROUNDING_SCRATCH / PIECES
+        stages.append(matrices + stored_in + stored_out + turned_out + GRID_BYTES + scratch)
+    return max(stages)
+
+
+def device_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...]) -> float:
+    """Bytes an element on a CUDA device: the block that is computed, the next one's upload, the last one's download."""
+    return compute_bytes(origin, target, edits) + (origin.nbytes + target.nbytes) / max(target.elements, 1)
+
+
+def host_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...], cuda: bool) -> float:
+    """Bytes an element in the process's memory.
+
+    With a device: what was read and its pinned copy, the pinned result, which torch rounds up to a power of two each;
+    and a float32 matrix either way for a codec that works on the CPU alone.
+    """
+    if not cuda:
+        return compute_bytes(origin, target, edits)
+    stored_in, stored_out = (weight.nbytes / max(weight.elements, 1) for weight in (origin, target))
+    scratch = codec(origin.codec).scratch + codec(target.codec).scratch
+    return 3 * stored_in + 3 * stored_out + 2 * FLOAT_BYTES + scratch
