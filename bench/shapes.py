@@ -65,7 +65,7 @@ SHAPES = {
 }
 
 
-def write_model(shape: Shape, folder: Path, tokenizer: Path | None) -> Path:
+def write_model(shape: Shape, folder: Path, tokenizer: Path | None = None) -> Path:
     """A bf16 folder of random weights, with another model's tokenizer files where they are given."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
