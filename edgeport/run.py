@@ -39,6 +39,7 @@ PROBE_ROWS = 32
 NEAR_GRID = 0.125
 """Steps from the grid, on average, below which nearest rounding would undo a small change."""
 GATE = {"verdict": "not assessed", "reason": "the port adds the patch as it is; shapes and names agree"}
+FORCED = {"verdict": "forced", "reason": "--force: neither the old base's fingerprint nor the patch's survival was insisted on"}
 
 
 def silent(weight: str, nbytes: int) -> None:
@@ -63,7 +64,8 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
             lane.finish()
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
-            receipt = make_receipt(plan, tuple(facts), time.perf_counter() - began, meter.peak, meter.above, lane.peak_bytes())
+            seconds = time.perf_counter() - began
+            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), force)
             refuse_lost(receipt, force)
             write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
     return receipt
@@ -236,13 +238,15 @@ def describe_inputs(plan: Plan) -> dict[str, Any]:
     return described
 
 
-def make_receipt(plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int) -> Receipt:
+def make_receipt(
+    plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, force: bool
+) -> Receipt:
     coverage: Mapping[str, int] = {"tensors": plan.patch_tensors, "consumed": plan.patch_tensors}
     return Receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
-        gate=GATE, notes=plan.notes,
+        gate=FORCED if force else GATE, notes=plan.notes,
     )  # fmt: skip
 
 

@@ -82,6 +82,7 @@ def test_a_patch_that_rounding_erases_is_refused(smollm2_gguf: Path, tmp_path: P
         edgeport.port(**job)
     assert {path.name for path in tmp_path.iterdir()} == {"patch"}
     receipt = edgeport.port(**job, force=True)
+    assert receipt.gate["verdict"] == "forced"
     assert receipt.survival is not None and receipt.survival["mean"] < 0.5
     content = json.loads((tmp_path / "out.gguf.edgeport.json").read_text())
     assert content["survival"] == receipt.survival
