@@ -16,10 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import edgeport
+from edgeport.blocks import decode_rows
 from edgeport.demo import packaged_model
-from edgeport.errors import UnmappedTensor
+from edgeport.errors import ConvertError, UnmappedTensor
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama, save_tokenizer
+from tests.test_gguf_imatrix import modern
 
 LENGTH = 60
 VOCABULARY = 320
@@ -155,6 +157,26 @@ def test_tensor_type_overrides(make: Callable[..., Path], tmp_path: Path) -> Non
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert types["blk.1.ffn_up.weight"] == "Q5_1" and types["blk.1.ffn_down.weight"] == "Q8_0"
     assert types["output.weight"] == "F16" and types["token_embd.weight"] == "BF16"
+
+
+def test_an_importance_matrix_lowers_the_error_where_it_is_large(make: Callable[..., Path], tmp_path: Path) -> None:
+    base, name = make("Llama 2", hidden=256), "model.layers.1.mlp.up_proj.weight"
+    importance = np.ones(256, dtype=np.float32)
+    importance[:16] = 1e4
+    sums, counts = "blk.1.ffn_up.weight.in_sum2", {"blk.1.ffn_up.weight.counts": np.ones((1, 1), dtype=np.float32)}
+    matrix = modern(tmp_path / "i.gguf", {sums: importance[None], **counts})
+    errors = {}
+    for given in (None, matrix):
+        edgeport.export(model=base, output=tmp_path / "o.gguf", to="gguf", quant="Q4_K_S", imatrix=given, overwrite=bool(given))
+        exact, stored = (open_model(path) for path in (base, tmp_path / "o.gguf"))
+        rows = range(exact.weights[name].rows)
+        error = decode_rows(stored, stored.weights[name], rows) - decode_rows(exact, exact.weights[name], rows)
+        errors[given] = float(error[:, :16].square().mean())
+    # half of the columns that share a scale are important
+    assert errors[matrix] < 0.85 * errors[None]
+    other = modern(tmp_path / "other.gguf", {sums: importance[None, :64], **counts})
+    with pytest.raises(ConvertError, match="it is of another model"):
+        edgeport.plan(new_base=base, output=tmp_path / "p.gguf", to="gguf", quant="Q4_K_S", imatrix=other)
 
 
 def test_a_tensor_without_a_name_in_gguf_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.gguf import families, header, hf_tokenizer, mixes
 from converters.gguf.header import Header, StoredTensor, read_header, serialize
+from converters.gguf.imatrix import read_imatrix
 from converters.gguf.values import Field, ValueType
 from edgeport.checkpoint import read_range
 from edgeport.codecs.plain import TYPES as PLAIN
@@ -25,6 +26,8 @@ from edgeport.seams import FileLayout, Source, Target
 from edgeport.tensor import EMBEDDING, HEAD, Arrangement, Part, TensorSpec, Weight
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -137,6 +140,8 @@ class GGUFSink:
     """ggml type by GGUF tensor name."""
     constants: Mapping[str, tuple[tuple[int, ...], bytes]]
     """float32 tensors that no weight of the model is."""
+    matrix: Mapping[str, NDArray[np.float32]] | None
+    """The importance matrix, [columns] by weight name."""
     folder: bool = False
 
     @property
@@ -148,15 +153,11 @@ class GGUFSink:
 
     @cached_property
     def importance(self) -> Mapping[str, Tensor] | None:
-        if self.target.imatrix is None:
+        if self.matrix is None:
             return None
         import torch
 
-        from converters.gguf.imatrix import read_imatrix
-
-        found = read_imatrix(self.target.imatrix)
-        names = {name: self.family.tensor(name, self.target.config)[0] for name in (*self.source.weights, HEAD)}
-        return {name: torch.from_numpy(found[stored]) for name, stored in names.items() if stored in found}
+        return {name: torch.from_numpy(values) for name, values in self.matrix.items()}
 
     def place(self, weight: Weight) -> Weight:
         with about(weight.name):
@@ -263,7 +264,21 @@ class Gguf:
             )  # fmt: skip
             file_type = mixes.FILE_TYPES[ftype]
         metadata = described(source, family, target, file_type, any(name not in FLOAT_TYPES for name in types.values()))
-        return GGUFSink(source, target, family, metadata, types, constants(source, family, config))
+        matrix = importance_matrix(target.imatrix, names) if target.imatrix else None
+        return GGUFSink(source, target, family, metadata, types, constants(source, family, config), matrix)
+
+
+def importance_matrix(path: Path, names: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, NDArray[np.float32]]:
+    """The entries of a file for the weights in `names` (GGUF name and shape). Raises ConvertError for another model's file."""
+    found = read_imatrix(path)
+    matrix = {name: found[stored] for name, (stored, _) in names.items() if stored in found}
+    odd = next((name for name, values in matrix.items() if len(values) != names[name][1][-1]), None)
+    if odd is not None:
+        columns = names[odd][1][-1]
+        raise ConvertError(f"{path.name} has {len(matrix[odd])} columns for {odd}, which has {columns}: it is of another model")
+    if not matrix:
+        raise ConvertError(f"{path.name} has no entry for any weight of this model")
+    return matrix
 
 
 @contextmanager
