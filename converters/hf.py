@@ -146,7 +146,8 @@ class FolderSink:
         if weight.codec != "plain" and not self.format:
             return weight
         format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
-        return codec("plain").layout(weight.name, weight.shape, format)
+        placed = codec("plain").layout(weight.name, weight.shape, format)
+        return weight if placed == weight else placed  # one object for both sides, since there are thousands
 
     def quantized(self, weight: Weight, format: str) -> Weight:
         """Laid out as transformers would quantize it on loading."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,13 @@ def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Stored:
         )
     if stop - start != nbytes:
         raise CorruptCheckpoint(f"{path.name}: tensor {name} has {stop - start} bytes where {dtype} {shape} takes {nbytes}")
-    return Stored(TensorSpec(name, dtype, tuple(shape), nbytes), path, begin + start)
+    return Stored(TensorSpec(name, sys.intern(dtype), shared(tuple(shape)), nbytes), path, begin + start)
+
+
+@cache
+def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all tensors of a shape: a model has thousands of tensors in a dozen shapes."""
+    return shape
 
 
 def torch_header(path: Path) -> dict[str, Stored]:

@@ -57,12 +57,14 @@ def _status(key: str) -> int:
 
 
 def return_freed_blocks() -> None:
-    """Make glibc give every freed block of a megabyte or more back to the system at once.
+    """Make glibc give what is free back to the system now, and every freed block of a megabyte or more from now on.
 
     Its own threshold grows with what is freed, and a heap of freed blocks of changing sizes then stays resident.
     """
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, MIB)
+        glibc.malloc_trim(0)
     except (OSError, AttributeError):
         return  # not glibc
 

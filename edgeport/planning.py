@@ -107,7 +107,7 @@ def make_plan(
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
     check_output(target.output, sink.folder, overwrite)
-    placed = [sink.place(replace(origin, name=name, shape=final_shape(origin, todo))) for name, origin, todo in work]
+    placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
     files = tuple(sink.layout(placed))
     check_files(target.output, files, sink.folder, overwrite)
     check_disk(target.output, sum(file.size for file in files) + DISK_SLACK_BYTES)
@@ -179,6 +179,10 @@ def final_shape(origin: Weight, edits: Sequence[Edit]) -> tuple[int, ...]:
     if len(shapes) > 1:
         raise ShapeMismatch(f"the patches grow {origin.name} to different shapes: {sorted(shapes)}")
     return shapes.pop() if shapes else origin.shape
+
+
+def reshaped(origin: Weight, shape: tuple[int, ...]) -> Weight:
+    return origin if shape == origin.shape else replace(origin, shape=shape)
 
 
 def grows(work: Sequence[Work]) -> bool:
