@@ -7,17 +7,17 @@ runs and dropped after. What stays in memory is activations, whatever the number
 
 from __future__ import annotations
 
-import ctypes
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.blocks import decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
+from edgeport.memory import trim_heap
 from edgeport.seams import Source
 from edgeport.tensor import Weight
 
@@ -101,7 +101,8 @@ def stream(source: Source) -> Streamed:
         bind(model.get_submodule(path), source, weights, table=path == paths[model.get_input_embeddings()])
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for layer in stack:
-            layer.register_forward_hook(trim_heap)
+            # freed blocks of many sizes would stay resident and grow by tens of MiB over the layers
+            layer.register_forward_hook(lambda *_: trim_heap())
     matrix = source.weights[table if tied else name]
     return Streamed(model, source, matrix, None if bias is None else read_whole(source, bias))
 
@@ -237,25 +238,6 @@ def read_rows(source: Source, weight: Weight, rows: range) -> Tensor:
 def read_whole(source: Source, weight: Weight) -> Tensor:
     """float32, in the weight's own shape."""
     return read_rows(source, weight, range(weight.rows)).reshape(weight.shape)
-
-
-@cache
-def heap_trimmer() -> Callable[[int], int] | None:
-    """glibc's malloc_trim; None where the C library has none."""
-    try:
-        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
-    except (AttributeError, OSError, TypeError):
-        return None
-
-
-def trim_heap(*_: Any) -> None:
-    """Give freed pages back to the system.
-
-    glibc keeps freed blocks, and the next ones, of other sizes, go beside them: without this, resident memory grows
-    by tens of MiB over the layers, though nothing is held.
-    """
-    if trim := heap_trimmer():
-        trim(0)
 
 
 @contextmanager

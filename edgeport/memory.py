@@ -57,16 +57,25 @@ def _status(key: str) -> int:
 
 
 def return_freed_blocks() -> None:
-    """Make glibc give what is free back to the system now, and every freed block of a megabyte or more from now on.
+    """Make glibc give every freed block of a megabyte or more back to the system at once, and what is free already now.
 
     Its own threshold grows with what is freed, and a heap of freed blocks of changing sizes then stays resident.
     """
+    _glibc("mallopt", M_MMAP_THRESHOLD, MIB)
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed pages back to the system, where the C library is glibc."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc's own; nothing where the C library has none of that name."""
     try:
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, MIB)
-        glibc.malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # not glibc
+        getattr(ctypes.CDLL(None), function)(*arguments)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def reset_peak() -> bool:

@@ -22,7 +22,7 @@ from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, on_grid
 from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
-from edgeport.steps import COPY_BYTES, Step, same_grid
+from edgeport.steps import COPY_BYTES, Step, stored_alike
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
@@ -156,7 +156,7 @@ def compute(
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
     base = padded(step, rows, decode_parts(step.origin, parts))
-    grid_parts = dict(parts) if step.rounding != NEAREST and same_grid(step.origin, step.target) else None
+    grid_parts = dict(parts) if step.rounding != NEAREST and stored_alike(step.origin, step.target) else None
     parts.clear()
     exact = base
     for apply in applied:

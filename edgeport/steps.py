@@ -70,8 +70,8 @@ class Step:
 
 def stored_alike(origin: Weight, target: Weight) -> bool:
     """Whether the target's bytes are the origin's."""
-    return (origin.codec, origin.format, origin.arrangement, origin.shape, origin.nbytes) == (
-        target.codec, target.format, target.arrangement, target.shape, target.nbytes,
+    return (origin.codec, origin.format, origin.parameters, origin.arrangement, origin.shape, origin.nbytes) == (
+        target.codec, target.format, target.parameters, target.arrangement, target.shape, target.nbytes,
     )  # fmt: skip
 
 
@@ -116,12 +116,7 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], wanted:
         return NEAREST
     if wanted != AUTO:
         return wanted
-    return ON_GRID if same_grid(origin, target) else AUTO if origin.codec == "plain" else NEAREST
-
-
-def same_grid(origin: Weight, target: Weight) -> bool:
-    """Whether the base's scales serve the output: both are in one format, arranged alike."""
-    return stored_alike(origin, target) and origin.parameters == target.parameters
+    return ON_GRID if stored_alike(origin, target) else AUTO if origin.codec == "plain" else NEAREST
 
 
 def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, wanted: str = NEAREST) -> Step:
