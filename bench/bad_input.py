@@ -391,7 +391,7 @@ CASES: dict[str, Case] = {
     "safetensors, header is a list": Case(with_model_file(lambda h, d: spelled([1], d)), "not a JSON object"),
     "safetensors, a key twice": Case(with_model_file(lambda h, d: spelled(b'{"a": 1, "a": 2}', d)), "a key stands twice"),
     "safetensors, an entry without shape": Case(
-        with_model_file(lambda h, d: spelled(h | {NORM: {"dtype": "F32"}}, d)), "lacks dtype, shape"),
+        with_model_file(lambda h, d: spelled(h | {NORM: {"dtype": "F32"}}, d)), "lacks dtype, data_offsets"),
     "safetensors, overlapping offsets": Case(with_model_file(lambda h, d: spelled(moved(h, -64), d)), "overlap or leave a hole"),
     "safetensors, a hole": Case(with_model_file(lambda h, d: spelled(moved(h, 64), d + bytes(64))), "overlap or leave a hole"),
     "safetensors, bytes left over": Case(with_model_file(lambda h, d: spelled(h, d + bytes(64))), "its header accounts for"),

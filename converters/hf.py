@@ -25,6 +25,7 @@ from edgeport.errors import (
 )
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import FileLayout, Source, Target
+from edgeport.steps import stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -115,14 +116,14 @@ def open_folder(path: Path) -> Folder:
     if index and absent:
         more = " ..." if len(absent) > 5 else ""
         raise MissingTensor(f"{len(absent)} of the tensors in {index.name} are in no shard ({', '.join(absent[:5])}{more})")
-    specs = {name: place.spec for name, place in stored.items()}
 
     def peek(name: str) -> bytes:
-        if specs[name].nbytes > PEEK_BYTES:
-            raise CorruptCheckpoint(f"{name} has {specs[name].nbytes} bytes, where a few were expected")
-        return bytes(read_range(stored[name].path, stored[name].offset, stored[name].offset + specs[name].nbytes))
+        place = stored[name]
+        if place.nbytes > PEEK_BYTES:
+            raise CorruptCheckpoint(f"{name} has {place.nbytes} bytes, where a few were expected")
+        return bytes(read_range(place.path, place.offset, place.offset + place.nbytes))
 
-    weights = {weight.name: weight for weight in claim(specs, config, peek)}
+    weights = {weight.name: weight for weight in claim(stored, config, peek)}
     return Folder(path, config, stored, weights, files)
 
 
@@ -147,7 +148,8 @@ class FolderSink:
             return weight
         format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
         placed = codec("plain").layout(weight.name, weight.shape, format)
-        return weight if placed == weight else placed  # one object for both sides, since there are thousands
+        # one object for both sides, since there are thousands; a tied head is stored under the embedding's name
+        return weight if stored_alike(weight, placed) and weight.parts["data"].spec.name == weight.name else placed
 
     def quantized(self, weight: Weight, format: str) -> Weight:
         """Laid out as transformers would quantize it on loading."""

@@ -12,11 +12,10 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from edgeport.codecs.plain import TYPES
+from edgeport.codecs.plain import TYPES, byte_count
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint
 from edgeport.tensor import TensorSpec
 
@@ -24,10 +23,9 @@ MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format itself
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(TensorSpec):
     """A tensor's header entry and where its bytes lie."""
 
-    spec: TensorSpec
     path: Path
     offset: int
 
@@ -79,7 +77,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             "it is truncated or not a safetensors file"
         )
     try:
-        header = json.loads(read_range(path, 8, 8 + length), object_pairs_hook=_unique)
+        header = json.loads(read_range(path, 8, 8 + length), object_pairs_hook=_compact)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"the header of {path.name} is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -87,46 +85,53 @@ def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", {}) or {}
     begin = 8 + length
     entries = [_entry(path, name, fields, begin, size) for name, fields in header.items()]
-    entries.sort(key=lambda stored: (stored.offset, stored.spec.nbytes))
+    entries.sort(key=lambda stored: (stored.offset, stored.nbytes))
     expected = begin
     for stored in entries:
         if stored.offset != expected:
             raise CorruptCheckpoint(
-                f"{path.name}: tensor {stored.spec.name} starts at byte {stored.offset}, "
+                f"{path.name}: tensor {stored.name} starts at byte {stored.offset}, "
                 f"and the one before it ends at {expected} (they overlap or leave a hole)"
             )
-        expected += stored.spec.nbytes
+        expected += stored.nbytes
     if expected != size:
         raise CorruptCheckpoint(f"{path.name} has {size} bytes, and its header accounts for {expected}")
-    return {stored.spec.name: stored for stored in entries}, metadata
+    return {stored.name: stored for stored in entries}, metadata
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _compact(pairs: list[tuple[str, Any]]) -> Any:
+    """A JSON object of a header: a tensor's entry as (dtype, shape, start, stop), any other as it is.
+
+    Thousands of entries as tables, gone a moment later, would leave memory that is too scattered to be given back.
+    """
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key stands twice")
+    match table:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if all(
+            type(n) is int for n in shape
+        ):
+            return sys.intern(dtype), shared(tuple(shape)), start, stop
     return table
 
 
 def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Stored:
-    match fields:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
-            pass
-        case _:
-            raise CorruptCheckpoint(f"{path.name}: the header entry of {name} lacks dtype, shape or data_offsets")
+    if not isinstance(fields, tuple):
+        raise CorruptCheckpoint(f"{path.name}: the header entry of {name} lacks dtype, data_offsets or a shape of whole numbers")
+    dtype, shape, start, stop = fields
     if dtype not in TYPES:
         raise CorruptCheckpoint(f"{path.name}: tensor {name} has the unknown dtype {dtype!r}")
-    if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise CorruptCheckpoint(f"{path.name}: tensor {name} has the impossible shape {shape}")
-    nbytes = prod(shape) * TYPES[dtype][0]
+    if not all(0 <= n < 1 << 48 for n in shape):
+        raise CorruptCheckpoint(f"{path.name}: tensor {name} has the impossible shape {list(shape)}")
+    nbytes = byte_count(dtype, shape)
     if not 0 <= start <= stop or begin + stop > size:
         raise CorruptCheckpoint(
             f"{path.name}: tensor {name} lies at bytes {start} to {stop} of {size - begin}: the file is truncated "
             "or its header is wrong"
         )
     if stop - start != nbytes:
-        raise CorruptCheckpoint(f"{path.name}: tensor {name} has {stop - start} bytes where {dtype} {shape} takes {nbytes}")
-    return Stored(TensorSpec(name, sys.intern(dtype), shared(tuple(shape)), nbytes), path, begin + start)
+        raise CorruptCheckpoint(f"{path.name}: tensor {name} has {stop - start} bytes where {dtype} {list(shape)} takes {nbytes}")
+    return Stored(name, dtype, shape, nbytes, path, begin + start)
 
 
 @cache
@@ -168,24 +173,30 @@ def torch_header(path: Path) -> dict[str, Stored]:
         begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if dtype is None or begin is None or not tensor.is_contiguous():
             raise NotACheckpoint(f"{path.name}: {name} ({tensor.dtype}) is not stored as one plain block; {convert}")
-        spec = TensorSpec(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        nbytes = tensor.numel() * tensor.element_size()
         offset = begin + tensor.storage_offset() * tensor.element_size()
-        if offset + spec.nbytes > path.stat().st_size:
+        if offset + nbytes > path.stat().st_size:
             raise CorruptCheckpoint(f"{path.name}: tensor {name} reaches beyond the end of the file")
-        found[name] = Stored(spec, path, offset)
+        found[name] = Stored(name, dtype, tuple(tensor.shape), nbytes, path, offset)
     return dict(sorted(found.items(), key=lambda item: item[1].offset))
 
 
 def safetensors_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header of a safetensors file with these tensors in this order, and where each one's bytes go."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    text = bytearray(b"{" + b'"__metadata__":' * bool(metadata) + (_json(dict(metadata)) if metadata else b""))
     relative = {}
     end = 0
     for name, spec in specs.items():
-        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        # entry by entry: a table of them all would scatter memory for good, as in _compact
+        entry = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}
+        text += b"," * (len(text) > 1) + _json(name) + b":" + _json(entry)
         relative[name] = end
         end += spec.nbytes
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b"}"
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: begin + offset for name, offset in relative.items()}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()

@@ -114,7 +114,7 @@ def make_plan(
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
-    steps = tuple(cut(origin, stored, tuple(todo), allowed, rounding) for (_, origin, todo), stored in pairs)
+    steps = tuple(cut(origin, stored, todo, allowed, rounding) for (_, origin, todo), stored in pairs)
     check_writable(steps)
     peak = max((step.peak_bytes for step in steps), default=0)
     vram = max((step.vram_bytes for step in steps), default=0)
@@ -126,7 +126,7 @@ def make_plan(
     )  # fmt: skip
 
 
-Work = tuple[str, Weight, list[Edit]]
+Work = tuple[str, Weight, tuple[Edit, ...]]
 
 
 def collect_edits(source: Source, patches: Sequence[Patch], old: Source | None) -> dict[str, list[list[Edit]]]:
@@ -151,14 +151,14 @@ def with_ties(source: Source, edits: Mapping[str, list[list[Edit]]]) -> list[Wor
 
     On a tied base an edit of only one of embedding and head unties them: the head becomes a weight of its own.
     """
-    flat = {name: [edit for part in parts for edit in part] for name, parts in edits.items()}
-    work = [(name, weight, flat.get(name, [])) for name, weight in source.weights.items()]
+    flat = {name: tuple(edit for part in parts for edit in part) for name, parts in edits.items()}
+    work = [(name, weight, flat.get(name, ())) for name, weight in source.weights.items()]
     if HEAD in source.weights or EMBEDDING not in source.weights:
         return work
     none: list[list[Edit]] = [[] for _ in next(iter(edits.values()), [])]
     pairs = zip(edits.get(EMBEDDING, none), edits.get(HEAD, none), strict=True)
-    head = [edit for below, own in pairs for edit in head_edits(below, own)]
-    if head == flat.get(EMBEDDING, []):
+    head = tuple(edit for below, own in pairs for edit in head_edits(below, own))
+    if head == flat.get(EMBEDDING, ()):
         return work
     embedding = source.weights[EMBEDDING]
     return [*work, (HEAD, embedding.named(HEAD), head)]

@@ -16,7 +16,7 @@ from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
 from edgeport.grid import Gridded
 from edgeport.manifest import Receipt, WeightFact, fingerprint, hashes, write_manifest
-from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks
+from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.planning import Plan
 from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, on_grid
@@ -60,6 +60,7 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
                 with about(step.target.name):
                     fact = copy(plan, step, staging, progress) if step.copied else edit(plan, step, staging, lane, progress)
                     facts.append(fact)
+                trim_heap()
                 check_budget(plan)
             lane.finish()
             plan.sink.finish(staging.folder)

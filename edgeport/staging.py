@@ -24,7 +24,7 @@ class Staging:
 
     folder: Path
     files: dict[str, int]
-    places: dict[str, tuple[str, int]]
+    places: dict[str, FileLayout]
     missing: dict[str, int] = field(default_factory=dict)
 
     def expect(self, tensor: str, nbytes: int) -> None:
@@ -34,14 +34,15 @@ class Staging:
         """Write `data` at byte `offset` of a stored tensor. Raises PlanViolation outside of what was planned."""
         if tensor not in self.places:
             raise PlanViolation(f"{tensor} has no planned place in the output")
-        name, begin = self.places[tensor]
+        layout = self.places[tensor]
         view = memoryview(data).cast("B")
         self.missing[tensor] -= len(view)
         if self.missing[tensor] < 0:
             raise PlanViolation(f"{tensor} got more bytes than planned")
+        offset += layout.ranges[tensor]
         done = 0
         while done < len(view):
-            done += os.pwrite(self.files[name], view[done:], begin + offset + done)
+            done += os.pwrite(self.files[layout.name], view[done:], offset + done)
 
     def close(self) -> None:
         for handle in self.files.values():
@@ -65,7 +66,7 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
             os.truncate(handle, layout.size)
             for offset, blob in layout.blobs:
                 os.pwrite(handle, blob, offset)
-            staging.places.update({tensor: (layout.name, offset) for tensor, offset in layout.ranges.items()})
+            staging.places.update(dict.fromkeys(layout.ranges, layout))
         yield staging
         short = {tensor: left for tensor, left in staging.missing.items() if left}
         if short or set(staging.missing) != set(staging.places):

@@ -26,7 +26,6 @@ from edgeport.errors import BudgetTooSmall, UnknownName
 from edgeport.memory import MIB
 from edgeport.patches import edits
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
-from edgeport.tensor import TensorSpec
 
 SHAPES = {"square": (4096, 4096), "embedding": (128256, 4096), "wide": (4096, 14336), "one more row": (4097, 4096)}
 
@@ -63,7 +62,7 @@ class Slices(TorchFunctionMode):
 
 
 def low_rank(name: str, shape: tuple[int, int], rank: int) -> edits.LowRank:
-    down, up = (Stored(TensorSpec(f"{name}.{factor}", "BF16", size, 2 * size[0] * size[1]), Path("patch"), 0)
+    down, up = (Stored(f"{name}.{factor}", "BF16", size, 2 * size[0] * size[1], Path("patch"), 0)
                 for factor, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))))  # fmt: skip
     return edits.LowRank(name, shape, down, up, 1.0, False, False)
 
@@ -80,7 +79,7 @@ def counted(steps: Sequence[Step], monkeypatch: pytest.MonkeyPatch) -> int:
     Uploads and downloads overlap as in `CudaLane`: the next block's bytes are there, and the last one's result still is.
     """
     monkeypatch.setattr(run, "finite", lambda matrix: matrix.aminmax() is not None)  # there is no value to read back
-    monkeypatch.setattr(edits, "factor", lambda stored: torch.empty(stored.spec.shape))
+    monkeypatch.setattr(edits, "factor", lambda stored: torch.empty(stored.shape))
     with torch.no_grad(), Slices(), FakeTensorMode(), LiveBytes() as live:
         for step in steps:
             applied = [edit.load("cuda:0") for edit in step.edits]

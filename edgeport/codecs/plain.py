@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import DecodeOnly, NonFiniteResult
 from edgeport.seams import Peek
-from edgeport.tensor import Part, TensorSpec, Weight
+from edgeport.tensor import OnePart, Part, TensorSpec, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,12 @@ TYPES = {
 }
 
 
+@cache
+def byte_count(format: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; one number for all of a shape, since a model has thousands of tensors in a dozen shapes."""
+    return prod(shape) * TYPES[format][0]
+
+
 def torch_type(format: str) -> torch.dtype:
     """The torch type that a plain format's bytes are."""
     import torch
@@ -46,12 +53,14 @@ class Plain:
     def claim(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], peek: Peek) -> Iterable[Weight]:
         for spec in specs.values():
             if spec.dtype in TYPES:
-                yield self.layout(spec.name, spec.shape, spec.dtype)
+                yield self.stored_as(spec)
 
     def layout(self, name: str, shape: tuple[int, ...], format: str) -> Weight:
-        size = TYPES[format][0]
-        spec = TensorSpec(name, format, shape, prod(shape) * size)
-        return Weight(name, shape, self.name, format, {"data": Part(spec, (shape[-1] if shape else 1) * size)})
+        return self.stored_as(TensorSpec(name, format, shape, byte_count(format, shape)))
+
+    def stored_as(self, spec: TensorSpec) -> Weight:
+        stride = byte_count(spec.dtype, spec.shape[-1:])
+        return Weight(spec.name, spec.shape, self.name, spec.dtype, OnePart("data", Part(spec, stride)))
 
     def decode(self, weight: Weight, parts: Mapping[str, Tensor]) -> Tensor:
         if self.formats[weight.format] != "rw":

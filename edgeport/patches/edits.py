@@ -31,12 +31,12 @@ class LowRank:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return self.down.spec.name, self.up.spec.name
+        return self.down.name, self.up.name
 
     @property
     def held_bytes(self) -> int:
         # the raw bytes and their float32 copy stand side by side while a factor is read
-        return sum(stored.spec.nbytes + 4 * stored.spec.shape[0] * stored.spec.shape[1] for stored in (self.down, self.up))
+        return sum(stored.nbytes + 4 * stored.shape[0] * stored.shape[1] for stored in (self.down, self.up))
 
     def load(self, device: str) -> Applied:
         down, up = factor(self.down).to(device), factor(self.up).to(device)
@@ -68,7 +68,7 @@ class Replace:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.value.spec.name,)
+        return (self.value.name,)
 
     @property
     def held_bytes(self) -> int:
@@ -114,7 +114,7 @@ class ReplaceRows:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.value.spec.name,)
+        return (self.value.name,)
 
     @property
     def held_bytes(self) -> int:
@@ -151,17 +151,17 @@ def _cat(blocks: list[Tensor]) -> Tensor:
 
 def factor(stored: Stored) -> Tensor:
     """A whole stored matrix as float32."""
-    return stored_rows(stored, range(stored.spec.shape[0]), stored.spec.shape[1])
+    return stored_rows(stored, range(stored.shape[0]), stored.shape[1])
 
 
 def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:
     """Some rows of a plain stored tensor as float32 [rows, columns]. Raises NonFiniteResult."""
     import torch
 
-    dtype = torch_type(stored.spec.dtype)
+    dtype = torch_type(stored.dtype)
     size = columns * dtype.itemsize
     data = read_range(stored.path, stored.offset + rows.start * size, stored.offset + rows.stop * size)
     values = torch.frombuffer(data, dtype=dtype).view(-1, columns).float()
     if not bool(values.isfinite().all()):
-        raise NonFiniteResult(f"the patch tensor {stored.spec.name} holds NaN or infinity")
+        raise NonFiniteResult(f"the patch tensor {stored.name} holds NaN or infinity")
     return values

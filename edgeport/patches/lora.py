@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,15 +58,15 @@ class LoraPatch:
     base_fingerprint: str | None = None
     kind: str = field(default="lora", init=False)
 
-    @cached_property
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        return {name: stored.spec for name, stored in self.stored.items()}
+        return self.stored
 
     @property
     def facts(self) -> Mapping[str, Any]:
         config = self.config
         pairs = {name for name in self.stored if (m := LOW_RANK.match(name)) and m["factor"].endswith("_A")}
-        modules = {m["module"].removeprefix(PEFT_PREFIX): self.stored[name].spec.shape[0]
+        modules = {m["module"].removeprefix(PEFT_PREFIX): self.stored[name].shape[0]
                    for name in pairs if (m := LOW_RANK.match(name))}  # fmt: skip
         scalings = sorted({self.scaling(module, rank) / self.scale for module, rank in modules.items()})
         return {
@@ -108,20 +107,23 @@ class LoraPatch:
 
     def match(self, new: Source, old: Source | None) -> Iterable[Edit]:
         """One edit for each group of the adapter's tensors. A tensor that no form takes is left for the plan to report."""
-        low_rank: dict[tuple[str, bool], dict[str, Stored]] = {}
+        halves: dict[tuple[str, bool], dict[str, Stored]] = {}
         for name, stored in self.stored.items():
             if match := LOW_RANK.match(name):
                 if match["leaf"] == "bias":
                     raise UnsupportedPatch(f"{name}: a bias on a LoRA factor (lora_bias) is not merged yet")
                 key = match["module"], "embedding" in match["factor"]
-                low_rank.setdefault(key, {})[match["factor"][-1]] = stored
+                halves.setdefault(key, {})[match["factor"][-1]] = stored
+                if len(halves[key]) == 2:
+                    yield self.low_rank(*key, halves.pop(key), new, old)
             elif match := TOKENS.match(name):
                 yield self.token_rows(match["module"], stored, new, old)
             elif match := WHOLE.match(name):
                 weight = self.find(f"{match['module']}.{match['leaf']}", new)
                 yield self.whole(weight, stored, old)
-        for (module, embedding), pair in low_rank.items():
-            yield self.low_rank(module, embedding, pair, new, old)
+        for (module, _), half in halves.items():
+            bare = module.removeprefix(PEFT_PREFIX)
+            raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(half)})")
 
     def find(self, name: str, new: Source) -> Weight:
         """The base's weight of that name; the head of a tied base is its embedding. Raises TargetMissing."""
@@ -138,14 +140,12 @@ class LoraPatch:
 
     def low_rank(self, module: str, embedding: bool, pair: Mapping[str, Stored], new: Source, old: Source | None) -> Edit:
         bare = module.removeprefix(PEFT_PREFIX)
-        if set(pair) != {"A", "B"}:
-            raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(pair)})")
         weight = self.find(f"{module}.weight", new)
         down, up = pair["A"], pair["B"]
-        if len(down.spec.shape) != 2 or len(up.spec.shape) != 2 or len(weight.shape) != 2:
+        if len(down.shape) != 2 or len(up.shape) != 2 or len(weight.shape) != 2:
             raise UnsupportedPatch(f"{bare}: LoRA on a convolution or another tensor that is no matrix is not merged yet")
         transposed = embedding or bool(self.config.get("fan_in_fan_out"))
-        (rank, inner), (outer, other) = down.spec.shape, up.spec.shape
+        (rank, inner), (outer, other) = down.shape, up.shape
         shape = (inner, outer) if transposed else (outer, inner)
         if rank != other or shape != weight.shape:
             raise ShapeMismatch(
@@ -156,7 +156,7 @@ class LoraPatch:
         return LowRank(weight.name, weight.shape, down, up, self.scaling(bare, rank), transposed, self.keeps_ties)
 
     def whole(self, weight: Weight, stored: Stored, old: Source | None) -> Edit:
-        shape = stored.spec.shape
+        shape = stored.shape
         vocabulary = weight.name in (EMBEDDING, HEAD)
         if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
             raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
@@ -167,9 +167,9 @@ class LoraPatch:
     def token_rows(self, module: str, stored: Stored, new: Source, old: Source | None) -> Edit:
         weight = self.find(f"{module}.weight", new)
         indices = self.token_indices(module)
-        if stored.spec.shape != (len(indices), weight.columns):
+        if stored.shape != (len(indices), weight.columns):
             raise ShapeMismatch(
-                f"{stored.spec.name} has shape {list(stored.spec.shape)}; {len(indices)} tokens of width {weight.columns} "
+                f"{stored.name} has shape {list(stored.shape)}; {len(indices)} tokens of width {weight.columns} "
                 "were expected"
             )
         if indices and max(indices) >= weight.rows:
@@ -270,8 +270,8 @@ class LoraKind:
         if not stored:
             raise CorruptCheckpoint(f"{file.name} holds no tensors")
         for name, place in stored.items():
-            if "F" not in place.spec.dtype:
-                raise UnsupportedPatch(f"the patch tensor {name} is of type {place.spec.dtype}, and not of floating point")
+            if "F" not in place.dtype:
+                raise UnsupportedPatch(f"the patch tensor {name} is of type {place.dtype}, and not of floating point")
         return LoraPatch(path, config, stored, [file], scale, recorded_base(path))
 
 
