@@ -15,7 +15,7 @@ from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint,
 from edgeport.planning import MANIFEST, manifest_path
 from edgeport.seams import Source
 
-HASH_CHUNK = 1 << 17
+HASH_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)

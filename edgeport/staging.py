@@ -24,7 +24,7 @@ class Staging:
 
     folder: Path
     files: dict[str, int]
-    places: dict[str, FileLayout]
+    layouts: Sequence[FileLayout]
     missing: dict[str, int] = field(default_factory=dict)
 
     def expect(self, tensor: str, nbytes: int) -> None:
@@ -32,9 +32,9 @@ class Staging:
 
     def write(self, tensor: str, offset: int, data: memoryview | bytes | bytearray) -> None:
         """Write `data` at byte `offset` of a stored tensor. Raises PlanViolation outside of what was planned."""
-        if tensor not in self.places:
+        layout = next((layout for layout in self.layouts if tensor in layout.ranges), None)
+        if layout is None:
             raise PlanViolation(f"{tensor} has no planned place in the output")
-        layout = self.places[tensor]
         view = memoryview(data).cast("B")
         self.missing[tensor] -= len(view)
         if self.missing[tensor] < 0:
@@ -58,7 +58,7 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
     if place.exists():
         shutil.rmtree(place)
     place.mkdir()
-    staging = Staging(place, {}, {})
+    staging = Staging(place, {}, layouts)
     try:
         for layout in layouts:
             handle = os.open(place / layout.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -66,11 +66,11 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
             os.truncate(handle, layout.size)
             for offset, blob in layout.blobs:
                 os.pwrite(handle, blob, offset)
-            staging.places.update(dict.fromkeys(layout.ranges, layout))
         yield staging
         short = {tensor: left for tensor, left in staging.missing.items() if left}
-        if short or set(staging.missing) != set(staging.places):
-            raise PlanViolation(f"planned bytes were not written: {short or set(staging.places) ^ set(staging.missing)}")
+        planned = {tensor for layout in layouts for tensor in layout.ranges}
+        if short or set(staging.missing) != planned:
+            raise PlanViolation(f"planned bytes were not written: {short or planned ^ set(staging.missing)}")
         staging.close()
         commit(place, output, folder)
     finally:
