@@ -28,7 +28,7 @@ if {to!r} == "gguf":
     import gguf
 imports = memory.peak_bytes()
 receipt = edgeport.api.port(
-    patch={patch!r}, new_base={base!r}, output={output!r}, to={to!r}, quant={quant!r}, max_ram={max_ram!r})
+    patch={patch!r}, new_base={base!r}, output={output!r}, to={to!r}, quant={quant!r}, max_ram={max_ram!r}, probe=False)
 print(json.dumps(dict(imports=imports, above=memory.peak_bytes() - imports, predicted=receipt.predicted_peak_bytes,
                       seconds=receipt.seconds, bytes_out=receipt.bytes_out)))
 """

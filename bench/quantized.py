@@ -52,10 +52,13 @@ def measure(format: str, evolved: Path, folder: Path) -> Iterator[Row]:
     receipts: dict[str, Any] = {"base": edgeport.export(model=evolved, output=base, to=to, quant=format)}
     receipts["exact"] = edgeport.port(patch=TRIAGE, new_base=base, output=exact, to="hf", quant="f32")
     receipts["16-bit first"] = edgeport.port(
-        patch=TRIAGE, new_base=evolved, output=places["16-bit first"], to=to, quant=format, rounding="nearest", force=True
+        patch=TRIAGE, new_base=evolved, output=places["16-bit first"], to=to, quant=format, rounding="nearest", force=True,
+        probe=False,
     )
     for rule in ("nearest", "stochastic"):
-        receipts[rule] = edgeport.port(patch=TRIAGE, new_base=base, output=places[rule], to=to, rounding=rule, force=True)
+        receipts[rule] = edgeport.port(
+            patch=TRIAGE, new_base=base, output=places[rule], to=to, rounding=rule, force=True, probe=False
+        )
     for way, place in {"base": base, "exact": exact, **places}.items():
         found = edgeport.compare(place, exact, tokens=TOKENS)
         asked = ask(place, folder)

@@ -23,8 +23,9 @@ from edgeport.errors import (
     UnknownName,
     UnsupportedArchitecture,
 )
+from edgeport.patches.names import PEFT_PREFIX
 from edgeport.registry import claim, codec, miss
-from edgeport.seams import FileLayout, Source, Target
+from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
@@ -42,6 +43,8 @@ PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DEFAULT_SHARD_BYTES = 5 * 10**9
+ADAPTER = "adapter"
+"""The folder of a PEFT adapter that belongs to the model it stands in."""
 READABLE = ("bitsandbytes",)
 """The values of quant_method whose tensors a codec claims."""
 PEEK_BYTES = 1 << 16
@@ -194,6 +197,22 @@ class FolderSink:
             return {SINGLE_FILES[0]: groups[0]}
         return {f"model-{n:05}-of-{len(groups):05}.safetensors": specs for n, specs in enumerate(groups, 1)}
 
+    def factors(self, weight: Weight, rank: int) -> Factors:
+        if weight.name == EMBEDDING or not weight.name.endswith(".weight"):
+            raise ConvertError("a low-rank change of it has no place in a PEFT adapter of linear layers; leave off --sidecar")
+        module = f"{PEFT_PREFIX}{weight.name.removesuffix('.weight')}"
+        lay_out = codec("plain").layout
+        down = lay_out(f"{module}.lora_A.weight", (rank, weight.columns), "F32")
+        return Factors(weight.name, down, lay_out(f"{module}.lora_B.weight", (weight.rows, rank), "F32"))
+
+    def adapter(self, factors: Sequence[Factors], alpha: int) -> tuple[str, Sequence[FileLayout]]:
+        specs = {part.spec.name: part.spec for one in factors for weight in (one.down, one.up) for part in weight.parts.values()}
+        header, ranges = safetensors_bytes(specs, {"format": "pt"})
+        size = len(header) + sum(spec.nbytes for spec in specs.values())
+        config = json.dumps(adapter_config(factors, alpha), indent=2).encode() + b"\n"
+        file = FileLayout(f"{ADAPTER}/adapter_model.safetensors", size, ((0, header),), ranges)
+        return ADAPTER, [file, _whole(f"{ADAPTER}/adapter_config.json", config)]
+
     def finish(self, staging: Path) -> None:
         """Copy the asset files verbatim; config.json is written anew only where the port changed it."""
         for name, path in {**self.source.assets(staging), **self.target.assets}.items():
@@ -237,6 +256,17 @@ def quantization_config(quant: str, dtype: str, present: Mapping[str, Any] | Non
         "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes",
     }  # fmt: skip
     return dict(sorted((told | defaults).items()))
+
+
+def adapter_config(factors: Sequence[Factors], alpha: int) -> dict[str, Any]:
+    """What PEFT's `LoraConfig` needs to load them beside the model in the folder above."""
+    ranks = {one.target.removesuffix(".weight"): one.rank for one in factors}
+    return {
+        "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": 0.0, "peft_type": "LORA", "r": alpha,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != alpha},
+        "target_modules": list(ranks), "task_type": "CAUSAL_LM", "use_rslora": False,
+    }  # fmt: skip
 
 
 def aligned(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

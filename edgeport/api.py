@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     output_tensor_type: str | None
     token_embedding_type: str | None
     rounding: str
+    sidecar: bool
     max_ram: str | int | None
     max_vram: str | int | None
     device: str
@@ -48,6 +49,8 @@ def plan(
     patch: Location | Sequence[Location] = (),
     old_base: Location | None = None,
     force: bool = False,
+    probe: bool | None = None,
+    calibration: Location | None = None,
     **options: Unpack[Options],
 ) -> Plan:
     """Decide everything from headers alone; nothing is written. Raises EdgeportError for every mistake in the input."""
@@ -73,7 +76,8 @@ def plan(
     )
     chosen = converter(options.get("to", "hf"))
     return make_plan(source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False),
-        rounding=options.get("rounding", "auto"),
+        rounding=options.get("rounding", "auto"), probe=probe, calibration=Path(calibration) if calibration is not None else None,
+        sidecar=options.get("sidecar", False),
     )  # fmt: skip
 
 
@@ -84,11 +88,20 @@ def port(
     patch: Location | Sequence[Location],
     old_base: Location | None = None,
     force: bool = False,
+    probe: bool | None = None,
+    calibration: Location | None = None,
     progress: Progress = silent,
     **options: Unpack[Options],
 ) -> Receipt:
-    """Add patches to an evolved base and write the result."""
-    decided = plan(new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, **options)
+    """Add patches to an evolved base and write the result.
+
+    `probe`: whether to compare what the models say, on edgeport's own text or that of the file `calibration`. None: where
+    a patched weight is rounded to a quantized format and transformers can run the model.
+    """
+    decided = plan(
+        new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, probe=probe, calibration=calibration,
+        **options,
+    )  # fmt: skip
     return run(decided, progress=progress, force=force)
 
 

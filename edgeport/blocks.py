@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from edgeport.registry import codec
-from edgeport.seams import Source
-from edgeport.tensor import Weight
+from edgeport.tensor import TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Readable(Protocol):
+    """A `Source`, or an output that is being written."""
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray: ...
 
 
 def ranges(weight: Weight, rows: int, granule: int = 1) -> Iterator[range]:
@@ -25,12 +30,12 @@ def ranges(weight: Weight, rows: int, granule: int = 1) -> Iterator[range]:
         yield range(start, min(stop, weight.rows))
 
 
-def decode_rows(source: Source, weight: Weight, rows: range, device: str = "cpu") -> Tensor:
+def decode_rows(source: Readable, weight: Weight, rows: range, device: str = "cpu") -> Tensor:
     """float32 [rows, columns] as transformers has them. `rows` starts and ends on the weight's row granule."""
     return decode_parts(weight, {role: as_tensor(data).to(device) for role, data in read_parts(source, weight, rows).items()})
 
 
-def read_parts(source: Source, weight: Weight, rows: range) -> dict[str, bytearray]:
+def read_parts(source: Readable, weight: Weight, rows: range) -> dict[str, bytearray]:
     """The stored bytes that spell some rows, by part."""
     return {role: source.read(part.spec, *part.span(rows, weight.granule)) for role, part in weight.parts.items()}
 

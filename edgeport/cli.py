@@ -19,6 +19,7 @@ from edgeport.memory import in_words
 from edgeport.report import bar, say, table
 
 if TYPE_CHECKING:
+    from edgeport.effect import Effect
     from edgeport.manifest import Receipt
     from edgeport.planning import Plan
 
@@ -43,6 +44,10 @@ EmbeddingType = Annotated[str | None, typer.Option("--token-embedding-type", hel
 Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
+Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
+PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
+Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
+Calibration = Annotated[Path | None, typer.Option(help="A text in UTF-8 for the probe (default: edgeport's own).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of edgeport.")]
@@ -118,9 +123,27 @@ def receipt_text(receipt: Receipt) -> str:
     ]
     if receipt.coverage["tensors"]:
         rows.append(["patch tensors", f"{receipt.coverage['consumed']} of {receipt.coverage['tensors']} merged"])
+    if receipt.adapter:
+        kept = f"{receipt.adapter['path']} ({in_words(receipt.adapter['bytes'])}), beside the model and part of it"
+        rows.append(["adapter", kept])
     if survival := receipt.survival:
         rows.append(["patch kept", f"{survival['mean']:.1%} on average, least {survival['min']:.1%} ({survival['worst']})"])
+    if effect := receipt.probe:
+        rows.append(["probe", effect_text(effect)])
+    elif survival:
+        rows.append(["probe", f"not run: {receipt.probe_skipped}"])
     return table(["written", ""], rows)
+
+
+def effect_text(effect: Effect) -> str:
+    kept = "the patch changes nothing here" if effect.kept is None else (
+        f"{effect.kept:.1%} +- {effect.kept_error:.1%} of the patch's effect kept"
+    )
+    perplexity = ", ".join(f"{name} {value:.2f}" for name, value in effect.perplexity.items())
+    return (
+        f"{kept}; KL to the exact port {effect.kl:.3g} nats (the patch: {effect.patch_kl:.3g}); perplexity {perplexity}; "
+        f"{effect.tokens} tokens, {effect.seconds:.1f} s, {in_words(effect.peak_ram_bytes)}"
+    )
 
 
 @app.command()
@@ -137,6 +160,9 @@ def port(
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
     rounding: Rounding = "auto",
+    sidecar: Sidecar = False,
+    probe: Probe = None,
+    calibration: Calibration = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     device: Device = "auto",
@@ -155,6 +181,7 @@ def port(
             max_shard_size=max_shard_size, imatrix=imatrix, tensor_type=pairs(tensor_type),
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type, max_ram=max_ram,
             max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
+            probe=probe, calibration=calibration, sidecar=sidecar,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, force, not no_progress, quiet)
 

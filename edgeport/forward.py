@@ -8,7 +8,7 @@ runs and dropped after. What stays in memory is activations, whatever the number
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from edgeport.tensor import Weight
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Done = Callable[[], None]
+"""Called whenever a layer has run."""
 Model = Any
 """A transformers PreTrainedModel, whose methods have too few annotations for a strict check."""
 BLOCK_ELEMENTS = 1 << 18
@@ -33,6 +35,10 @@ multiplying take far longer than the call."""
 NOT_THE_MODEL = ("auto_map", "quantization_config")
 # Buffers that older transformers stored with the weights, and that today's compute from the config.
 NOT_A_WEIGHT = r"rotary_emb\.inv_freq$"
+
+
+def silent() -> None:
+    """For those who do not watch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class Streamed:
             del body.forward, head.forward
 
 
-def stream(source: Source) -> Streamed:
+def stream(source: Source, done: Done = silent) -> Streamed:
     """The model that `source.config` describes, with every weight bound to the source.
 
     Raises UnsupportedArchitecture; MissingTensor where model and source do not have the same weights;
@@ -103,6 +109,7 @@ def stream(source: Source) -> Streamed:
         for layer in stack:
             # freed blocks of many sizes would stay resident and grow by tens of MiB over the layers
             layer.register_forward_hook(lambda *_: trim_heap())
+            layer.register_forward_hook(lambda *_: done())
     matrix = source.weights[table if tied else name]
     return Streamed(model, source, matrix, None if bias is None else read_whole(source, bias))
 

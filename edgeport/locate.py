@@ -71,7 +71,11 @@ def split_scale(text: str | Path) -> tuple[str, float]:
 def open_patch(text: str | Path, offline: bool = False) -> Patch:
     """Open a patch by its headers, with the scale of `P:SCALE`. Raises SourceError, UnsupportedPatch."""
     name, scale = split_scale(text)
-    path = locate(name, offline)
+    return open_patch_at(locate(name, offline), scale)
+
+
+def open_patch_at(path: Path, scale: float) -> Patch:
+    """Open a patch by its headers, to be applied `scale` times. Raises SourceError, UnsupportedPatch."""
     for kind in patch_kinds().values():
         if kind.detect(path):
             return kind.open(path, scale)

@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
 from edgeport.planning import MANIFEST, manifest_path
 from edgeport.seams import Source
+
+if TYPE_CHECKING:
+    from edgeport.effect import Effect
 
 HASH_CHUNK = 1 << 16
 
@@ -35,6 +38,8 @@ class WeightFact:
     """|change| / |base|"""
     retention: float | None = None
     error: float | None = None
+    beside: bool = False
+    """Whether the patch, or what rounding lost of it, is in the adapter beside the model; it counts as stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,10 @@ class Receipt:
     coverage: Mapping[str, int]
     gate: Mapping[str, str]
     notes: tuple[str, ...]
+    adapter: Mapping[str, Any] | None = None
+    """The low-rank patch beside the model that belongs to it: its name in the output, what it holds, rank and alpha."""
+    probe: Effect | None = None
+    probe_skipped: str | None = None
 
     @property
     def survival(self) -> dict[str, Any] | None:
@@ -71,7 +80,7 @@ class Receipt:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "weights": len(self.facts),
-            "patched": sum(fact.action == "patch" for fact in self.facts),
+            "patched": sum(fact.action == "patch" or fact.beside for fact in self.facts),
             "copied": sum(fact.action == "copy" for fact in self.facts),
             "seconds": round(self.seconds, 3),
             "peak_ram_bytes": self.peak_ram_bytes,
@@ -79,6 +88,8 @@ class Receipt:
             "peak_vram_bytes": self.peak_vram_bytes,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "survival": self.survival,
+            "adapter": dict(self.adapter) if self.adapter else None,
+            "probe": asdict(self.probe) if self.probe else {"skipped": self.probe_skipped},
             "coverage": dict(self.coverage),
             "gate": dict(self.gate),
             "notes": list(self.notes),
@@ -133,10 +144,10 @@ def write_manifest(receipt: Receipt, folder: bool, staging: Path, inputs: Mappin
         "versions": versions(),
         "command": list(command),
         "inputs": dict(inputs),
-        "files": {name: {"bytes": (staging / name).stat().st_size, "sha256": digest}
-                  for name, digest in hashes(staging.iterdir()).items()},
+        "files": {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                  for path in sorted(staging.rglob("*")) if path.is_file()},
         **{key: value for key, value in receipt.to_json().items() if key not in ("files", "output")},
-        "per_weight": [asdict(fact) for fact in receipt.facts if fact.action != "copy"],
+        "per_weight": [asdict(fact) for fact in receipt.facts if fact.action != "copy" or fact.beside],
     }  # fmt: skip
     name = manifest_path(receipt.output, folder).name
     (staging / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -164,7 +175,7 @@ def verify_hashes(output: Path) -> dict[str, str]:
     base = output if output.is_dir() else output.parent
     found = {}
     for name, entry in content["files"].items():
-        if os.path.basename(name) != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts or (not output.is_dir() and os.path.basename(name) != name):
             raise CorruptCheckpoint(f"the manifest names {name!r}, which is not a file beside it")
         path = base / name
         if not path.is_file():
@@ -174,7 +185,9 @@ def verify_hashes(output: Path) -> dict[str, str]:
         found[name] = sha256(path)
         if found[name] != entry["sha256"]:
             raise VerificationFailed(f"{name} has changed since edgeport wrote it: its sha256 differs from the manifest's")
-    extra = sorted(set(os.listdir(base)) - set(found) - {MANIFEST}) if output.is_dir() else []
+    there = {path.relative_to(output) for path in output.rglob("*")} if output.is_dir() else set()
+    known = {parent for name in (*found, MANIFEST) for parent in (Path(name), *Path(name).parents)}
+    extra = sorted(map(str, there - known))
     if extra:
         raise VerificationFailed(f"{', '.join(extra)} in {output} is not in the manifest")
     return found

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgeport.adapter import Adapter, plan_sidecar, surveyed
 from edgeport.errors import DecodeOnly, NotEnoughDisk, OutputExists, ShapeMismatch, UnsupportedPatch, about
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
+from edgeport.probing import Probing, decide
 from edgeport.registry import codec, lookup, roundings
 from edgeport.rounding import AUTO, NEAREST
 from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
@@ -38,6 +40,8 @@ class Plan:
     peak_above_import_bytes: int
     peak_vram_bytes: int
     notes: tuple[str, ...]
+    probing: Probing
+    adapter: Adapter | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -55,12 +59,18 @@ class Plan:
     def peak_ram_bytes(self) -> int:
         return IMPORT_BYTES + ALLOWANCE_BYTES + self.peak_above_import_bytes
 
+    @property
+    def patched(self) -> set[str]:
+        """The weights that a patch changes, in the model or in the adapter beside it."""
+        beside = {one.target for one in self.adapter.factors} if self.adapter else set()
+        return beside | {step.target.name for step in self.steps if step.edits}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "output": str(self.target.output),
             "files": {file.name: file.size for file in self.files},
             "weights": len(self.steps),
-            "patched": sum(step.action == "patch" for step in self.steps),
+            "patched": len(self.patched),
             "copied": sum(step.copied for step in self.steps),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
@@ -70,6 +80,8 @@ class Plan:
             "peak_vram_bytes": self.peak_vram_bytes,
             "coverage": {"tensors": self.patch_tensors, "consumed": self.patch_tensors},
             "notes": list(self.notes),
+            "adapter": self.adapter.to_json() if self.adapter else None,
+            "probe": self.probing.to_json(),
             "steps": [
                 {
                     "weight": step.target.name,
@@ -96,12 +108,16 @@ def make_plan(
     old: Source | None = None,
     overwrite: bool = False,
     rounding: str = AUTO,
+    probe: bool | None = None,
+    calibration: Path | None = None,
+    sidecar: bool = False,
 ) -> Plan:
     """Match, check and cut. Raises every error that the user's input can cause; creates no file."""
     if rounding not in (AUTO, NEAREST):
         lookup(roundings(), rounding, "rounding")
     edits = collect_edits(source, patches, old)
-    work = with_ties(source, edits)
+    patched = with_ties(source, edits)
+    work = with_ties(source, {}) if sidecar else patched
     config = adapted_config(source, work)
     overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
     target = replace(target, config=config, assets=overlay)
@@ -109,6 +125,9 @@ def make_plan(
     check_output(target.output, sink.folder, overwrite)
     placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
     files = tuple(sink.layout(placed))
+    beside = {name: (origin, todo) for name, origin, todo in patched if todo}
+    adapter = plan_sidecar(sink, beside) if sidecar else None
+    files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
     check_disk(target.output, sum(file.size for file in files) + DISK_SLACK_BYTES)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
@@ -116,13 +135,15 @@ def make_plan(
     pairs = zip(work, placed, strict=True)
     steps = tuple(cut(origin, stored, todo, allowed, rounding) for (_, origin, todo), stored in pairs)
     check_writable(steps)
-    peak = max((step.peak_bytes for step in steps), default=0)
+    adapter = adapter and surveyed(adapter, beside, {weight.name: weight for weight in placed}, allowed)
+    probing = decide(source, patches, steps, converter, limits, probe, calibration, config)
+    peak = max([step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []), default=0)
     vram = max((step.vram_bytes for step in steps), default=0)
     return Plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, steps=steps, files=files,
         patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *sink.notes),
+        notes=(*notes_on(work), *sink.notes), probing=probing, adapter=adapter,
     )  # fmt: skip
 
 

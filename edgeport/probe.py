@@ -1,8 +1,8 @@
-"""Two models on the same text: KL divergence and top-1 agreement at every position, in the memory of one block."""
+"""Models on the same text: divergences, top-1 agreement and perplexity at every position, in the memory of one block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import exp
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, VerificationFailed, need
-from edgeport.forward import BLOCK_ELEMENTS, Streamed, block_rows, stream
+from edgeport.forward import BLOCK_ELEMENTS, Done, Streamed, block_rows, silent, stream
 from edgeport.seams import Source
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Comparison:
         }
 
 
-def probe_tokens(source: Source, count: int = 256) -> Tensor:
-    """int64 [1, count]: the start of edgeport's own probe text in the model's own tokens (fewer if it is shorter).
+def probe_tokens(source: Source, count: int = 256, text: str | None = None) -> Tensor:
+    """int64 [1, count]: the start of a text (edgeport's own if None) in the model's own tokens; fewer if it is shorter.
 
     Raises NotACheckpoint where the model has no tokenizer.json.
     """
@@ -73,7 +73,7 @@ def probe_tokens(source: Source, count: int = 256) -> Tensor:
             f"{source.path.name} has no tokenizer.json to read the probe text with; "
             "save one beside the model with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    text = (files("edgeport") / "data" / "probe.txt").read_text(encoding="utf-8")
+    text = (files("edgeport") / "data" / "probe.txt").read_text(encoding="utf-8") if text is None else text
     return torch.tensor([tokenizer.encode(text).ids[:count]], dtype=torch.int64)
 
 
@@ -104,32 +104,61 @@ def hidden_states(source: Source, tokens: Tensor) -> Tensor:
 def compare(reference: Source, candidate: Source, tokens: Tensor) -> Comparison:
     """KL, top-1 agreement and perplexity on int64 `tokens` [batch, length], of two tokens or more.
 
-    Neither a whole model nor the logits of a whole vocabulary are ever in memory: both models' logits pass in blocks
-    of the vocabulary, and a running log-sum-exp goes along. Raises what `hidden_states` does, and VerificationFailed
-    for vocabularies that differ, NonFiniteResult for a model that computes no numbers.
+    Raises what `hidden_states` does, VerificationFailed for vocabularies that differ, and NonFiniteResult for a model
+    that computes no numbers.
     """
-    if tokens.shape[1] < 2:
-        raise VerificationFailed("a comparison needs a text of at least two tokens")
-    models = stream(reference), stream(candidate)
-    vocabulary = common_vocabulary(*models)
-    states = [finite_states(model, tokens) for model in models]
-    ours, theirs = Tally.start(tokens), Tally.start(tokens)
-    # sum of exp(reference logit - peak) * (reference logit - candidate logit) over the vocabulary so far
-    gap = ours.mass.clone()
-    for rows in vocabulary_blocks(*models, tokens.numel(), vocabulary):
-        logits, other = (model.logits(tokens, hidden, rows) for model, hidden in zip(models, states, strict=True))
-        shares, shrink = ours.add(logits, rows)
-        theirs.add(other, rows)
-        gap = gap * shrink + (shares * (logits - other)).sum(-1, dtype=gap.dtype)
-    # rounding can leave a divergence of nothing a little below it
-    kl = (gap / ours.mass - ours.log_mass() + theirs.log_mass()).clamp(min=0)
+    found = score((reference, candidate), tokens, ((0, 1),))
+    ours, theirs = found.tallies
     return Comparison(
-        kl=tuple(kl.flatten().tolist()),
+        kl=tuple(found.kl[0, 1].flatten().tolist()),
         agree=tuple((ours.best == theirs.best).flatten().tolist()),
         reference_perplexity=ours.perplexity(),
         candidate_perplexity=theirs.perplexity(),
-        vocabulary=vocabulary,
+        vocabulary=found.vocabulary,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What several models say of the next token at every position."""
+
+    tallies: tuple[Tally, ...]
+    kl: Mapping[tuple[int, int], Tensor]
+    """float64 [batch, length]: KL(first || second) in nats, by the numbers of the two models."""
+    vocabulary: int
+
+
+def score(sources: Sequence[Source], tokens: Tensor, pairs: Sequence[tuple[int, int]], done: Done = silent) -> Scores:
+    """Run every model on int64 `tokens` [batch, length], and take the divergences of `pairs` of them.
+
+    Neither a whole model nor the logits of a whole vocabulary are ever in memory: all models' logits pass in blocks of
+    the vocabulary, and running sums of exponentials go along.
+    """
+    import torch
+
+    if tokens.shape[1] < 2:
+        raise VerificationFailed("a comparison needs a text of at least two tokens")
+    models = [stream(source, done) for source in sources]
+    vocabulary = common_vocabulary(models)
+    states = [finite_states(model, tokens) for model in models]
+    tallies = tuple(Tally.start(tokens) for _ in models)
+    # sum of exp(logit - peak) * (logit - the other's logit) over the vocabulary so far
+    gaps = {pair: torch.zeros_like(tallies[0].mass) for pair in pairs}
+    for rows in vocabulary_blocks(models, tokens.numel(), vocabulary):
+        logits = [model.logits(tokens, hidden, rows) for model, hidden in zip(models, states, strict=True)]
+        added = [tally.add(one, rows) for tally, one in zip(tallies, logits, strict=True)]
+        for first, second in pairs:
+            shares, shrink = added[first]
+            gap = (shares * (logits[first] - logits[second])).sum(-1, dtype=torch.float64)
+            gaps[first, second] = gaps[first, second] * shrink + gap
+    kl = {
+        # rounding can leave a divergence of nothing a little below it
+        (first, second): (
+            gap / tallies[first].mass - tallies[first].log_mass() + tallies[second].log_mass()
+        ).clamp(min=0)
+        for (first, second), gap in gaps.items()
+    }
+    return Scores(tallies, kl, vocabulary)
 
 
 @dataclass(slots=True)
@@ -194,24 +223,26 @@ def finite_states(model: Streamed, tokens: Tensor) -> Tensor:
     return states
 
 
-def vocabulary_blocks(reference: Streamed, candidate: Streamed, positions: int, vocabulary: int) -> Iterator[range]:
-    """Cut the vocabulary so that a block of either head, and the logits it gives, stay about BLOCK_ELEMENTS."""
-    step = min(block_rows(reference.head), block_rows(candidate.head), max(BLOCK_ELEMENTS // positions, 1))
+def vocabulary_blocks(models: Sequence[Streamed], positions: int, vocabulary: int) -> Iterator[range]:
+    """Cut the vocabulary so that a block of any head, and the logits it gives, stay about BLOCK_ELEMENTS."""
+    step = min(*(block_rows(model.head) for model in models), max(BLOCK_ELEMENTS // positions, 1))
     for start in range(0, vocabulary, step):
         yield range(start, min(start + step, vocabulary))
 
 
-def common_vocabulary(reference: Streamed, candidate: Streamed) -> int:
-    """The number of tokens that both heads have. Raises VerificationFailed unless further rows are mere padding."""
-    sizes = reference.head.rows, candidate.head.rows
-    if sizes[0] == sizes[1]:
+def common_vocabulary(models: Sequence[Streamed]) -> int:
+    """The number of tokens that all heads have. Raises VerificationFailed unless further rows are mere padding."""
+    sizes = [model.head.rows for model in models]
+    if len(set(sizes)) == 1:
         return sizes[0]
-    tokenizers = open_tokenizer(reference.source), open_tokenizer(candidate.source)
+    tokenizers = [open_tokenizer(model.source) for model in models]
     # a missing tokenizer leaves open what the further rows are
     used = [max(tokenizer.get_vocab().values()) + 1 if tokenizer else max(sizes) for tokenizer in tokenizers]
     if max(used) > min(sizes):
+        names = [model.source.path.name for model in models]
+        others = "".join(f", {name} one of {size}" for name, size in zip(names[1:], sizes[1:], strict=True))
         raise VerificationFailed(
-            f"{reference.source.path.name} has a vocabulary of {sizes[0]}, {candidate.source.path.name} one of {sizes[1]}, "
-            f"and {max(used)} tokens may be in use; models are compared over one vocabulary, or one and its padding"
+            f"{names[0]} has a vocabulary of {sizes[0]}{others}, and {max(used)} tokens may be in use; models are compared "
+            "over one vocabulary, or one and its padding"
         )
     return min(sizes)

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeport.beside import write_adapter
 from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ranges, read_parts
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
@@ -18,6 +20,7 @@ from edgeport.grid import Gridded
 from edgeport.manifest import Receipt, WeightFact, fingerprint, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.planning import Plan
+from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, on_grid
 from edgeport.seams import Finishing, Source
@@ -39,6 +42,7 @@ PROBE_ROWS = 32
 NEAR_GRID = 0.125
 """Steps from the grid, on average, below which nearest rounding would undo a small change."""
 GATE = {"verdict": "not assessed", "reason": "the port adds the patch as it is; shapes and names agree"}
+INSTEAD = "write a finer format (--quant Q8_0 or bf16), --sidecar, or --force to write it all the same"
 FORCED = {"verdict": "forced", "reason": "--force: neither the old base's fingerprint nor the patch's survival was insisted on"}
 
 
@@ -63,11 +67,17 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
                 trim_heap()
                 check_budget(plan)
             lane.finish()
+            if plan.adapter:
+                facts = write_adapter(plan.adapter, plan.source, staging, facts)
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
             receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), force)
-            refuse_lost(receipt, force)
+            if not force:
+                refuse_erased(receipt)
+            receipt = probed(plan, receipt, staging.folder, progress)
+            if not force:
+                refuse_lost(receipt)
             write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
     return receipt
 
@@ -247,15 +257,36 @@ def make_receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
-        gate=FORCED if force else GATE, notes=plan.notes,
+        gate=FORCED if force else GATE, notes=plan.notes, adapter=plan.adapter.to_json() if plan.adapter else None,
     )  # fmt: skip
 
 
-def refuse_lost(receipt: Receipt, force: bool) -> None:
+def probed(plan: Plan, receipt: Receipt, staging: Path, progress: Progress) -> Receipt:
+    """The receipt with what the staged files do as a model, or why that was not asked."""
+    if plan.probing.skipped:
+        return replace(receipt, probe_skipped=plan.probing.skipped)
+    found = carry_out(plan.probing, job_of(plan, staging), lambda text: progress(text, 0))
+    if isinstance(found, str):
+        return replace(receipt, probe_skipped=found)
+    louder = found.kl > found.patch_kl
+    notes = (f"rounding changes the model more than the patch does (KL {found.kl:.3g} and {found.patch_kl:.3g} nats)",) * louder
+    return replace(receipt, probe=found, notes=(*receipt.notes, *notes))
+
+
+def refuse_erased(receipt: Receipt) -> None:
     """Raise PatchLost where rounding erased the patch: a quantized no-op must not pass for a port."""
     survival = receipt.survival
-    if survival and survival["mean"] < LEAST_RETENTION and not force:
+    if survival and survival["mean"] < LEAST_RETENTION:
         raise PatchLost(
             f"rounding to the output's format keeps {survival['mean']:.0%} of the patch on average (least: {survival['worst']}, "
-            f"{survival['min']:.0%}); write a finer format (--quant Q8_0 or bf16), or --force to write it all the same"
+            f"{survival['min']:.0%}); {INSTEAD}"
+        )
+
+
+def refuse_lost(receipt: Receipt) -> None:
+    """Raise PatchLost where the model itself says so, whatever the weights keep."""
+    if receipt.probe and receipt.probe.lost:
+        raise PatchLost(
+            f"the output is nearer to the base than to the exact port: on the probe text it has {receipt.probe.kept:.0%} of what "
+            f"the patch changes in the model; {INSTEAD}"
         )

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from edgeport.tensor import TensorSpec, Weight
+from edgeport.tensor import Arrangement, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from edgeport.checkpoint import Stored
 
 Peek = Callable[[str], bytes]
 """The content of a small stored tensor, by name: what some formats keep there belongs into a header."""
@@ -143,6 +145,18 @@ class Edit(Protocol):
         ...
 
 
+@runtime_checkable
+class LowRankEdit(Protocol):
+    """What an edit is, besides an `Edit`, that adds a product of two factors: an adapter can hold it."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """float32 up [rows, rank] and down [rank, columns], whose product is the change."""
+        ...
+
+
 class Patch(Protocol):
     """A fine-tune's change to its base, opened by its headers."""
 
@@ -165,6 +179,38 @@ class Patch(Protocol):
     def assets(self) -> Mapping[str, Path]:
         """Tokenizer files that come with the patch and replace the base's (a grown vocabulary)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankPair:
+    """Two factors in an adapter's file: change of `target` = scaling * up @ down, the rows of up arranged as its."""
+
+    target: str
+    down: Stored
+    up: Stored
+    scaling: float
+    arrangement: Arrangement
+
+
+class OpenedAdapter(Protocol):
+    """A low-rank patch in a container's own form."""
+
+    arch: str
+    alpha: float
+    tensors: Mapping[str, Stored]
+
+    def pairs(self, config: Mapping[str, Any]) -> Sequence[LowRankPair]:
+        """Under the transformers names of the model with that config.json. Raises SourceError, UnsupportedPatch."""
+        ...
+
+
+@runtime_checkable
+class AdapterReader(Protocol):
+    """What a converter is, besides a `Converter`, whose container has a form for low-rank patches."""
+
+    def is_adapter(self, path: Path) -> bool: ...
+
+    def open_adapter(self, path: Path) -> OpenedAdapter: ...
 
 
 class PatchKind(Protocol):
@@ -215,6 +261,36 @@ class Sink(Protocol):
     def finish(self, staging: Path) -> None:
         """Write the small companion files (config, tokenizer, index) into `staging`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A low-rank change of one weight as an adapter stores it: down [rank, columns] and up [rows, rank], both plain."""
+
+    target: str
+    down: Weight
+    up: Weight
+
+    @property
+    def rank(self) -> int:
+        return self.down.rows
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """What a sink is, besides a `Sink`, whose container has a form for a low-rank patch beside the model."""
+
+    def factors(self, weight: Weight, rank: int) -> Factors:
+        """How the adapter will store a change of the weight of that name and shape. Raises ConvertError."""
+        ...
+
+    def adapter(self, factors: Sequence[Factors], alpha: int) -> tuple[str, Sequence[FileLayout]]:
+        """What an adapter of them is called, a file or folder of the output, and its files.
+
+        Whoever loads it multiplies each product by `alpha` / rank.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgeport.errors import PlanViolation
 from edgeport.planning import manifest_path
 from edgeport.seams import FileLayout
+from edgeport.tensor import TensorSpec
 
 if sys.platform == "win32":
     raise ImportError("edgeport writes by positioned writes, which Windows lacks; use WSL")
@@ -44,6 +45,11 @@ class Staging:
         while done < len(view):
             done += os.pwrite(self.files[layout.name], view[done:], offset + done)
 
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        """Bytes `start` to `stop` of a stored tensor that has been written."""
+        layout = self.places[spec.name]
+        return bytearray(os.pread(self.files[layout.name], stop - start, layout.ranges[spec.name] + start))
+
     def close(self) -> None:
         for handle in self.files.values():
             os.close(handle)
@@ -61,6 +67,7 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
     staging = Staging(place, {}, layouts)
     try:
         for layout in layouts:
+            (place / layout.name).parent.mkdir(exist_ok=True)
             handle = os.open(place / layout.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             staging.files[layout.name] = handle
             os.truncate(handle, layout.size)
@@ -80,7 +87,7 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
 
 def commit(place: Path, output: Path, folder: bool) -> None:
     """fsync, then rename into place; what stood there (the plan has allowed it) goes last."""
-    for path in place.iterdir():
+    for path in place.rglob("*"):
         _sync(path)
     _sync(place)
     if not folder:

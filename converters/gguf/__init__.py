@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.gguf import families, header, hf_tokenizer, mixes
+from converters.gguf import adapter, families, header, hf_tokenizer, mixes
 from converters.gguf.header import Header, StoredTensor, read_header, serialize
 from converters.gguf.imatrix import read_imatrix
 from converters.gguf.values import Field, ValueType
@@ -22,7 +22,7 @@ from edgeport.checkpoint import read_range
 from edgeport.codecs.plain import TYPES as PLAIN
 from edgeport.errors import ConvertError, CorruptCheckpoint, NotACheckpoint, about
 from edgeport.registry import codec_of
-from edgeport.seams import FileLayout, Source, Target
+from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.tensor import EMBEDDING, HEAD, Arrangement, Part, TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def stored_weight(name: str, spec: TensorSpec, arrangement: Arrangement) -> Weig
 def open_gguf(path: Path) -> GGUFSource:
     """Open a GGUF by its header, and the rest of its set when it is one of several files."""
     first = read_header(path)
+    if adapter.says_adapter(first):
+        raise NotACheckpoint(f"{path.name} is an adapter, not a model; give it as --patch")
     split = first.split
     if split is None:
         return GGUFSource(path, [first])
@@ -188,6 +190,16 @@ class GGUFSink:
             layouts.append(FileLayout(self.name(number, len(groups)), size, blobs, ranges))
         return layouts
 
+    def factors(self, weight: Weight, rank: int) -> Factors:
+        name, arrangement = self.family.tensor(weight.name, self.target.config)
+        if name not in self.types:
+            raise ConvertError("a GGUF adapter cannot change a head tied to the embedding; leave off --sidecar to merge it")
+        return adapter.factors(weight, name, arrangement, rank)
+
+    def adapter(self, factors: Sequence[Factors], alpha: int) -> tuple[str, Sequence[FileLayout]]:
+        name = self.target.output.name.removesuffix(".gguf") + adapter.STEM
+        return name, [adapter.layout(name, self.family.arch, factors, alpha)]
+
     def name(self, number: int, count: int) -> str:
         output = self.target.output
         return output.name if count == 1 else f"{output.name.removesuffix('.gguf')}-{number + 1:05}-of-{count:05}.gguf"
@@ -235,6 +247,12 @@ class Gguf:
             return False
         with open(path, "rb") as file:
             return file.read(4) == header.MAGIC or path.suffix == ".gguf"
+
+    def is_adapter(self, path: Path) -> bool:
+        return adapter.is_adapter(path)
+
+    def open_adapter(self, path: Path) -> adapter.StoredAdapter:
+        return adapter.open_adapter(path)
 
     def open(self, path: Path) -> GGUFSource:
         return open_gguf(path)

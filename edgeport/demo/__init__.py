@@ -90,7 +90,8 @@ def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
     folder.mkdir(parents=True, exist_ok=True)
     evolution, triage = str(ADAPTERS / "evolution"), str(ADAPTERS / "triage")
     evolved = str(folder / "evolved")
-    onto = ["port", "--patch", triage, "--new-base", evolved]
+    # the questions judge the model better than a probe would
+    onto = ["port", "--patch", triage, "--new-base", evolved, "--no-probe"]
     jobs = [
         ("evolved base, bf16", "evolved", ["port", "--patch", evolution, "--new-base", str(old), "--quant", "bf16"], False),
         ("evolved base, BF16 GGUF", "evolved-bf16.gguf", ["export", evolved, "--to", "gguf"], True),

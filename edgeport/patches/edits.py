@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import decode_rows
+from edgeport.blocks import decode_rows, restore
 from edgeport.checkpoint import Stored, read_range
 from edgeport.codecs.plain import torch_type
 from edgeport.errors import NonFiniteResult
+from edgeport.registry import codec
 from edgeport.seams import Applied, Source
-from edgeport.tensor import Weight
+from edgeport.tensor import AS_IS, Arrangement, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +29,16 @@ class LowRank:
     transposed: bool
     tied: bool
     semantics: str = "delta"
+    arrangement: Arrangement = AS_IS
+    """Of the rows of B, in a container that keeps the weight's so."""
 
     @property
     def reads(self) -> tuple[str, ...]:
         return self.down.name, self.up.name
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
 
     @property
     def held_bytes(self) -> int:
@@ -39,7 +46,7 @@ class LowRank:
         return sum(stored.nbytes + 4 * stored.shape[0] * stored.shape[1] for stored in (self.down, self.up))
 
     def load(self, device: str) -> Applied:
-        down, up = factor(self.down).to(device), factor(self.up).to(device)
+        down, up = factor(self.down).to(device), factor(self.up, self.arrangement).to(device)
 
         def apply(rows: range, matrix: Tensor) -> Tensor:
             if self.transposed:
@@ -49,6 +56,10 @@ class LowRank:
             return matrix + delta * self.scaling
 
         return apply
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        down, up = factor(self.down), factor(self.up, self.arrangement)
+        return (down.T * self.scaling, up.T) if self.transposed else (up * self.scaling, down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +160,10 @@ def _cat(blocks: list[Tensor]) -> Tensor:
     return torch.cat(blocks)
 
 
-def factor(stored: Stored) -> Tensor:
-    """A whole stored matrix as float32."""
-    return stored_rows(stored, range(stored.shape[0]), stored.shape[1])
+def factor(stored: Stored, arrangement: Arrangement = AS_IS) -> Tensor:
+    """A whole stored matrix as float32, its rows in transformers' order."""
+    values = stored_rows(stored, range(stored.shape[0]), stored.shape[1])
+    return restore(values, replace(codec("plain").layout(stored.name, stored.shape, stored.dtype), arrangement=arrangement))
 
 
 def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:

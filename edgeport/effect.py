@@ -1,0 +1,161 @@
+"""What a port did to the model: the output beside the exact port and the base without the patch, on a short text.
+
+Weights do not predict the model, so a port is judged by what all three say of the next token. With b the base, e the
+exact port (the patch added in float32, never rounded or written) and o the output, the share of the patch's effect that
+the output has is the projection of its log-probabilities on the patch's own change of them,
+
+    kept = <e - b, log o - log b> / <e - b, log e - log b>
+         = (KL(e||b) - KL(e||o) + KL(b||o)) / (KL(e||b) + KL(b||e)),
+
+the second line by the three-point identity of Bregman divergences (Csiszar, Annals of Probability 3, 1975; Chen and
+Teboulle, SIAM J. Optimization 3, 1993). It is 0 for the base and 1 for the exact port, and rounding noise that has
+nothing to do with the patch leaves it there; below a half the output is nearer to the base. KL(e||o) beside it is the
+usual figure for quantized models (llama.cpp's perplexity --kl-divergence; Dutta et al., arXiv 2407.09141).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.errors import CorruptCheckpoint, EdgeportError, MissingExtra, NonFiniteResult
+from edgeport.locate import open_model, open_patch_at
+from edgeport.memory import peak_bytes
+from edgeport.planning import adapted_config, collect_edits, final_shape, with_ties
+from edgeport.probing import Job, read_text
+from edgeport.seams import Patch, Source
+from edgeport.virtual import Patched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HALF = 0.5
+ERRORS = 2.0
+"""Standard errors that the kept share has to lie beyond a half to count."""
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Means over the text's positions; divergences in nats, perplexities of the text's own tokens but the first."""
+
+    text: str
+    tokens: int
+    kl: float
+    """KL(exact port || output): what rounding changed."""
+    patch_kl: float
+    """KL(exact port || base): what the patch changes."""
+    base_kl: float
+    """KL(base || output)."""
+    kept: float | None
+    """Share of the patch's effect that the output has; None where the patch has none on this text."""
+    kept_error: float | None
+    """Standard error of `kept` over the positions."""
+    top1: float
+    """Share of the positions where exact port and output have the same most probable token."""
+    perplexity: Mapping[str, float]
+    """Of base, exact and output."""
+    seconds: float
+    peak_ram_bytes: int
+    """Of the process that ran it, all libraries included."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the output is nearer to the base than to the exact port, and not by chance of the text."""
+        return self.kept is not None and self.kept_error is not None and self.kept + ERRORS * self.kept_error < HALF
+
+
+def probe(job: Job, watch: Watch) -> Effect:
+    """Run base, exact port and output on the text, a layer at a time. Raises EdgeportError where that cannot be done."""
+    from edgeport.probe import probe_tokens
+
+    began = time.perf_counter()
+    base, exact = models(job)
+    output = open_model(job.output)
+    if job.adapter:
+        output = ported(output, [open_patch_at(Path(job.adapter), 1.0)], None)
+    text = read_text(Path(job.text)) if job.text else None
+    tokens = probe_tokens(exact, job.tokens, text)
+    figures = measure(base, exact, output, tokens, watch)
+    name = Path(job.text).name if job.text else "packaged"
+    return Effect(
+        text=name, tokens=tokens.shape[1], **figures, seconds=round(time.perf_counter() - began, 3), peak_ram_bytes=peak_bytes()
+    )
+
+
+def models(job: Job) -> tuple[Source, Source]:
+    """The base in the output's own shape (a grown vocabulary, an untied head), and the exact port."""
+    source, old = open_model(job.base), open_model(job.old) if job.old else None
+    patches = [open_patch_at(Path(path), scale) for path, scale in job.patches]
+    exact = ported(source, patches, old)
+    unpatched = {name: (origin, (), origin.shape) for name, (origin, _, _) in exact.edits.items()}
+    return Patched(source, unpatched, exact.config, patches), exact
+
+
+def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
+    work = with_ties(source, collect_edits(source, patches, old))
+    edits = {name: (origin, todo, final_shape(origin, todo)) for name, origin, todo in work}
+    return Patched(source, edits, adapted_config(source, work), patches)
+
+
+def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: Watch) -> dict[str, Any]:
+    """The figures of `Effect` on int64 `tokens` [1, length]."""
+    from edgeport.probe import score
+
+    layers = 3 * int(base.config.get("num_hidden_layers", 0))
+    done = 0
+
+    def layer() -> None:
+        nonlocal done
+        done += 1
+        watch(f"probe: layer {done} of {layers}")
+
+    found = score((base, exact, output), tokens, ((1, 2), (1, 0), (0, 2), (0, 1)), layer)
+    rounding, patch, away, back = (found.kl[pair] for pair in ((1, 2), (1, 0), (0, 2), (0, 1)))
+    kept, error = share(patch - rounding + away, patch + back)
+    tallies = found.tallies
+    return {
+        "kl": rounding.mean().item(), "patch_kl": patch.mean().item(), "base_kl": away.mean().item(),
+        "kept": kept, "kept_error": error, "top1": (tallies[1].best == tallies[2].best).double().mean().item(),
+        "perplexity": {name: tally.perplexity() for name, tally in zip(("base", "exact", "output"), tallies, strict=True)},
+    }  # fmt: skip
+
+
+def share(parts: Tensor, whole: Tensor) -> tuple[float, float] | tuple[None, None]:
+    """Ratio of the sums of float64 `parts` and `whole`, and its standard error over their elements, linearised.
+
+    Source: Cochran, Sampling Techniques, 3rd edition, section 6.4 (ratio estimate).
+    """
+    total, count = whole.sum().item(), whole.numel()
+    if total <= 0 or count < 2:
+        return None, None
+    ratio = parts.sum().item() / total
+    spread = (parts - ratio * whole).square().sum().item() * count / (count - 1)
+    return ratio, sqrt(spread) / total
+
+
+def main() -> None:
+    """Read a job from stdin; print lines of progress, and at the end one JSON object."""
+
+    def watch(text: str) -> None:
+        print(text, flush=True)  # noqa: T201
+
+    job = json.load(sys.stdin)
+    try:
+        effect = probe(Job(**job | {"patches": tuple(map(tuple, job["patches"]))}), watch)
+        answer: dict[str, Any] = {"effect": asdict(effect)}
+    except (CorruptCheckpoint, NonFiniteResult) as error:
+        answer = {"damaged": str(error), "kind": type(error).__name__}
+    except (EdgeportError, MissingExtra) as error:
+        answer = {"unable": str(error)}
+    print(json.dumps(answer), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

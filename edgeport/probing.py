@@ -1,0 +1,207 @@
+"""Whether a port is probed, what that takes, and the process of its own in which it happens (see `effect`).
+
+transformers takes more memory to import than a whole port does. So the probe runs beside the port, after it, in a process
+that goes away, unless transformers is loaded already; the files are written by then and not yet in place.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from edgeport.errors import (
+    BudgetTooSmall,
+    CorruptCheckpoint,
+    EdgeportError,
+    MissingExtra,
+    NonFiniteResult,
+    NotACheckpoint,
+    VerificationFailed,
+)
+from edgeport.memory import IMPORT_BYTES, MIB, in_words
+from edgeport.seams import Converter, Patch, Source
+
+if TYPE_CHECKING:
+    from edgeport.effect import Effect, Watch
+    from edgeport.planning import Plan
+    from edgeport.steps import Limits, Step
+
+TOKENS, FEW_TOKENS = 256, 64
+"""Tokens of text that a model runs on unless the user says otherwise; the few, where LARGE parameters make it long."""
+LARGE = 1_000_000_000
+PROCESS_BYTES = 480 * MIB
+"""Python, torch, transformers and tokenizers with a model's code at hand (VmHWM), and a block of each of three weights."""
+TEXT_BYTES = 1 << 20
+"""Of a --calibration file, what is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A probe as a process of its own is told it. Paths; `patches` with their scales."""
+
+    base: str
+    old: str | None
+    patches: tuple[tuple[str, float], ...]
+    output: str
+    adapter: str | None
+    """A low-rank patch beside the output, which belongs to it."""
+    tokens: int
+    text: str | None
+    """A file in UTF-8; None: the text that comes with edgeport."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """What a plan says of the probe. `skipped`: why there is none."""
+
+    tokens: int = 0
+    text: Path | None = None
+    peak_bytes: int = 0
+    """Of the probe's own process."""
+    asked: bool = False
+    """Whether the user insists on it."""
+    apart: bool = False
+    """Whether memory is bounded, so that this process may not take what the probe takes."""
+    skipped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        if self.skipped:
+            return {"skipped": self.skipped}
+        text = str(self.text) if self.text else "packaged"
+        return {"tokens": self.tokens, "text": text, "peak_ram_bytes": self.peak_bytes}
+
+
+def decide(
+    source: Source, patches: Sequence[Patch], steps: Sequence[Step], converter: Converter, limits: Limits,
+    wanted: bool | None, text: Path | None, config: Mapping[str, Any],
+) -> Probing:  # fmt: skip
+    """Whether to probe (None: where rounding can harm a patch, and the means are there).
+
+    Raises NotACheckpoint, CorruptCheckpoint for an unfit text; BudgetTooSmall, MissingExtra, VerificationFailed where a
+    probe is insisted on and cannot be.
+    """
+    if text is not None:
+        check_text(text)
+    tokens = TOKENS if sum(step.target.elements for step in steps) < LARGE else FEW_TOKENS
+    need = predicted_bytes(steps, tokens, config)
+    if not patches:
+        return Probing(skipped="no patch")
+    if wanted is False:
+        return Probing(skipped="--no-probe")
+    if wanted is None and all(step.target.codec == "plain" for step in steps if step.edits):
+        return Probing(skipped="no patched weight is stored in a quantized format")
+    absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)
+    hindrance: EdgeportError | MissingExtra | None = None
+    if absent:
+        hindrance = MissingExtra(f"{absent} is not installed: pip install 'edgeport[hf]'")
+    elif not converter.reads:
+        hindrance = VerificationFailed(f"edgeport writes {converter.name} and does not read it back")
+    elif limits.ram is not None and IMPORT_BYTES + need > limits.ram:
+        hindrance = BudgetTooSmall(
+            f"the probe takes {in_words(need)} in a process beside the port's {in_words(IMPORT_BYTES)}, and --max-ram is "
+            f"{in_words(limits.ram)}"
+        )
+    elif source.container == "hf" and not (source.path / "tokenizer.json").is_file():
+        hindrance = NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
+    if hindrance is None:
+        return Probing(tokens, text, need, wanted is True, limits.ram is not None)
+    if wanted:
+        raise hindrance
+    return Probing(skipped=str(hindrance))
+
+
+def check_text(path: Path) -> None:
+    """Raises NotACheckpoint, CorruptCheckpoint."""
+    if not path.is_file():
+        raise NotACheckpoint(f"--calibration {path} is no file; give a text of a few hundred words")
+    if not read_text(path).strip():
+        raise CorruptCheckpoint(f"--calibration {path.name} holds no text; give one of a few hundred words")
+
+
+def read_text(path: Path) -> str:
+    """The first part of a file in UTF-8. Raises CorruptCheckpoint."""
+    with open(path, "rb") as file:
+        data = file.read(TEXT_BYTES)
+    try:
+        # the cut may go through a character
+        return data.decode("utf-8", "strict" if len(data) < TEXT_BYTES else "ignore")
+    except UnicodeDecodeError as error:
+        raise CorruptCheckpoint(f"{path.name} is not a text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def predicted_bytes(steps: Sequence[Step], tokens: int, config: Mapping[str, Any]) -> int:
+    """The peak of the probe's process: activations of one layer at a time, and the largest edit's factors."""
+    hidden = int(config.get("hidden_size") or 0)
+    wide = int(config.get("intermediate_size") or 4 * hidden)
+    heads = int(config.get("num_attention_heads") or 1)
+    held = max((sum(edit.held_bytes for edit in step.edits) for step in steps), default=0)
+    return PROCESS_BYTES + 4 * tokens * (8 * hidden + 4 * wide + 4 * heads * tokens) + held
+
+
+def job_of(plan: Plan, staging: Path) -> Job:
+    """The probe of what a run has put into `staging`."""
+    first = plan.files[0].name
+    adapter = str(staging / plan.adapter.name) if plan.adapter else None
+    return Job(
+        base=str(plan.source.path), old=str(plan.old.path) if plan.old else None,
+        patches=tuple((str(patch.path), patch.scale) for patch in plan.patches),
+        output=str(staging if plan.sink.folder else staging / first), adapter=adapter, tokens=plan.probing.tokens,
+        text=str(plan.probing.text) if plan.probing.text else None,
+    )  # fmt: skip
+
+
+def carry_out(probing: Probing, job: Job, watch: Watch) -> Effect | str:
+    """The effect, or why there is none.
+
+    Raises NonFiniteResult, CorruptCheckpoint for a damaged output, VerificationFailed for a probe that was insisted on.
+    """
+    here = "transformers" in sys.modules and not probing.apart
+    answer = in_this_process(job, watch) if here else beside(job, watch)
+    if isinstance(answer, str) and probing.asked:
+        raise VerificationFailed(f"the probe could not be run ({answer}); leave off --probe to write the output without it")
+    return answer
+
+
+def in_this_process(job: Job, watch: Watch) -> Effect | str:
+    from edgeport.effect import probe
+
+    try:
+        return probe(job, watch)
+    except (CorruptCheckpoint, NonFiniteResult):
+        raise
+    except (EdgeportError, MissingExtra) as error:
+        return str(error)
+
+
+def beside(job: Job, watch: Watch) -> Effect | str:
+    """By `python -m edgeport.effect`, whose last line is the answer."""
+    from edgeport.effect import Effect
+
+    command = [sys.executable, "-m", "edgeport.effect"]
+    with (
+        TemporaryFile("w+") as complaints,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
+    ):
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps(asdict(job)))
+        child.stdin.close()
+        last = ""
+        for last in child.stdout:
+            if not last.startswith("{"):
+                watch(last.strip())
+        child.wait()
+        complaints.seek(0)
+        complaint = complaints.read().strip().splitlines()
+    if child.returncode:
+        return f"its process ended with {child.returncode}: {complaint[-1] if complaint else 'no message'}"
+    answer = json.loads(last)
+    if "damaged" in answer:
+        raise {"NonFiniteResult": NonFiniteResult}.get(answer["kind"], CorruptCheckpoint)(answer["damaged"])
+    return Effect(**answer["effect"]) if "effect" in answer else str(answer["unable"])

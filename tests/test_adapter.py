@@ -1,0 +1,215 @@
+"""An adapter beside an untouched base: PEFT and llama.cpp load it and compute what the exact port computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import edgeport
+from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnsupportedPatch, VerificationFailed
+from edgeport.locate import open_model, open_patch
+from tests.conftest import TinyLlama
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WORDS = torch.tensor([[1, 5, 300, 7, 42, 99, 250, 3]])
+
+
+def save_patch(base: Path, folder: Path, seed: int = 2, std: float = 0.1, **options: Any) -> Path:
+    """A PEFT adapter whose every trained value is random, as after training."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LINEAR} | options)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=std)
+    # with a head among its targets PEFT would add the whole head and embedding, untrained
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def peft_logits(base: Path, *adapters: Path) -> torch.Tensor:
+    """The logits of transformers with PEFT's own side branches, unmerged."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for index, adapter in enumerate(adapters):
+        model = model if index else peft.PeftModel.from_pretrained(model, adapter, adapter_name="0")
+        if index:
+            model.load_adapter(adapter, adapter_name=str(index))
+    if adapters:
+        model.base_model.set_adapter([str(index) for index in range(len(adapters))])
+    with torch.no_grad():
+        return model(WORDS).logits[0]
+
+
+def llama_logits(model: Path, adapter: Path | None = None) -> torch.Tensor:
+    llm = llama_cpp.Llama(
+        str(model), lora_path=str(adapter) if adapter else None, n_ctx=32, logits_all=True, verbose=False, n_threads=1
+    )
+    llm.eval(WORDS[0].tolist())
+    return torch.from_numpy(np.array(llm.scores[: WORDS.shape[1]], dtype=np.float32))
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def test_the_base_stays_as_it_is_and_peft_loads_the_adapter(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    quantized = edgeport.export(model=base, output=tmp_path / "nf4", to="hf", quant="nf4").output
+    patch = save_patch(base, tmp_path / "patch", rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 5})
+    receipt = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "out", sidecar=True)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (quantized / name).read_bytes()
+    assert receipt.adapter is not None and (receipt.adapter["kind"], receipt.adapter["path"]) == ("sidecar", "adapter")
+    assert receipt.adapter["rank"] == [4, 7]
+    size = sum(file.stat().st_size for file in (tmp_path / "out" / "adapter").iterdir())
+    assert receipt.adapter["bytes"] == size and receipt.bytes_out == size + (quantized / "model.safetensors").stat().st_size
+    assert receipt.to_json()["patched"] == 14 and receipt.to_json()["copied"] == receipt.to_json()["weights"]
+    assert receipt.survival is not None and receipt.survival["min"] == pytest.approx(1.0, abs=1e-5)
+    # the numbers that bitsandbytes' CPU kernels repack in place, so both are loaded from the files dequantized
+    plain = edgeport.export(model=quantized, output=tmp_path / "plain", to="hf", quant="f32").output
+    assert apart(peft_logits(plain, tmp_path / "out" / "adapter"), peft_logits(plain, patch)) < 1e-5
+    assert apart(peft_logits(plain, patch), peft_logits(plain)) > 0.1
+
+
+def test_two_patches_and_a_scale_are_one_adapter(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    one = save_patch(base, tmp_path / "one", target_modules=["q_proj", "down_proj"], use_rslora=True)
+    two = save_patch(base, tmp_path / "two", seed=3, r=3)
+    receipt = edgeport.port(patch=[one, two], new_base=base, output=tmp_path / "out", sidecar=True)
+    assert receipt.adapter is not None and receipt.adapter["rank"] == [3, 7]
+    assert apart(peft_logits(base, tmp_path / "out" / "adapter"), peft_logits(base, one, two)) < 1e-5
+    half = edgeport.port(patch=f"{two}:0.5", new_base=base, output=tmp_path / "half", sidecar=True).output
+    merged = edgeport.port(patch=f"{two}:0.5", new_base=base, output=tmp_path / "merged").output
+    assert apart(peft_logits(base, half / "adapter"), peft_logits(merged)) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_cpp_computes_with_the_adapter_what_peft_computes(tied: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(tied=tied)
+    patch = save_patch(base, tmp_path / "patch", rank_pattern={"k_proj": 5}, target_modules=LINEAR + ["lm_head"] * (not tied))
+    output = tmp_path / "out.gguf"
+    edgeport.port(patch=patch, new_base=base, output=output, to="gguf", quant="f32", sidecar=True)
+    adapter = tmp_path / "out.lora.gguf"
+    found = llama_logits(output, adapter)
+    assert apart(found, peft_logits(base, patch)) < 1e-3  # llama.cpp keeps its cache in float16
+    assert apart(llama_logits(output), found) > 0.1
+    assert edgeport.verify(output).keys() == {"out.gguf", "out.lora.gguf"}
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
+    with pytest.raises(VerificationFailed, match=r"out\.lora\.gguf has changed"):
+        edgeport.verify(output)
+
+
+def test_a_gguf_adapter_is_a_patch(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """PEFT folder to GGUF LoRA to a merged folder: what PEFT's own merge gives, on a base of either container."""
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", rank_pattern={"k_proj": 5})
+    gguf = edgeport.port(patch=patch, new_base=base, output=tmp_path / "a.gguf", to="gguf", quant="f32", sidecar=True).output
+    adapter = tmp_path / "a.lora.gguf"
+    facts = edgeport.inspect(adapter)
+    assert (facts["kind"], facts["patch_kind"], facts["rank"]) == ("patch", "gguf-lora", [4, 5])
+    assert facts["target_modules"] == ["attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_up"]
+    expected = load_file(edgeport.port(patch=patch, new_base=base, output=tmp_path / "merged").output / "model.safetensors")
+    for name, new_base in {"hf": base, "gguf": gguf}.items():
+        receipt = edgeport.port(patch=adapter, new_base=new_base, output=tmp_path / name, quant="f32")
+        assert receipt.coverage == {"tensors": 28, "consumed": 28}
+        found = load_file(receipt.output / "model.safetensors")
+        assert all(torch.allclose(found[key], value, atol=1e-6, rtol=1e-5) for key, value in expected.items())
+    twice = edgeport.port(patch=f"{adapter}:2", new_base=base, output=tmp_path / "twice").output
+    name = "model.layers.1.self_attn.q_proj.weight"
+    plain = load_file(base / "model.safetensors")[name]
+    change = load_file(twice / "model.safetensors")[name] - plain
+    assert torch.allclose(change, 2 * (expected[name] - plain), atol=1e-5)
+
+
+def test_llama_cpp_s_scale_without_an_alpha_is_one(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    from converters.gguf.adapter import stored
+    from converters.gguf.header import serialize
+    from converters.gguf.values import ValueType
+
+    base = tiny_llama()
+    gguf = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="f32").output
+    weights = [stored("blk.1.attn_v.weight.lora_a", (3, 64)), stored("blk.1.attn_v.weight.lora_b", (32, 3))]
+    specs = [weight.parts["data"].spec for weight in weights]
+    metadata = {key: (ValueType.STRING, value) for key, value in
+                {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}.items()}  # fmt: skip
+    head, offsets, size = serialize(metadata, [(spec.name, spec.shape, spec.dtype, spec.nbytes) for spec in specs])
+    content = bytearray(size)
+    content[: len(head)] = head
+    for index, spec in enumerate(specs):
+        values = np.random.default_rng(index).standard_normal(spec.shape).astype(np.float32)
+        content[offsets[spec.name] : offsets[spec.name] + spec.nbytes] = values.tobytes()
+    (tmp_path / "lora.gguf").write_bytes(content)
+    merged = edgeport.port(patch=tmp_path / "lora.gguf", new_base=gguf, output=tmp_path / "merged.gguf", to="gguf").output
+    assert apart(llama_logits(merged), llama_logits(gguf, tmp_path / "lora.gguf")) < 1e-4
+    assert apart(llama_logits(merged), llama_logits(gguf)) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+def test_what_an_adapter_cannot_hold_is_refused(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(tied=True)
+    whole = save_patch(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["norm"])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UnsupportedPatch, match=r"norm\.weight: the patch holds whole values .* leave off --sidecar"):
+        edgeport.port(patch=whole, new_base=base, output=tmp_path / "out", sidecar=True)
+    head = save_patch(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConvertError, match="a head tied to the embedding"):
+        edgeport.port(patch=head, new_base=base, output=tmp_path / "out.gguf", to="gguf", sidecar=True)
+    assert {path for path in tmp_path.rglob("*") if head not in path.parents} - {head} == set(before)
+
+
+def test_an_adapter_file_is_no_model_and_fits_one_architecture(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch")
+    edgeport.port(patch=patch, new_base=base, output=tmp_path / "a.gguf", to="gguf", sidecar=True)
+    with pytest.raises(NotACheckpoint, match="is an adapter, not a model; give it as --patch"):
+        open_model(tmp_path / "a.lora.gguf")
+    small = tiny_llama("small", layers=1)
+    opened = open_patch(tmp_path / "a.lora.gguf")
+    with pytest.raises(TargetMissing, match=r"layers\.1.* which the base does not have"):
+        opened.edits(open_model(small), None)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+def test_a_tied_head_of_a_folder_gets_factors_of_its_own(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(tied=True)
+    patch = save_patch(base, tmp_path / "patch", target_modules=["lm_head", "o_proj"])
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", sidecar=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" in {fact.weight for fact in receipt.facts if fact.beside}
+    assert apart(peft_logits(base, tmp_path / "out" / "adapter"), peft_logits(base, patch)) < 1e-5
+
+
+def test_the_adapter_is_measured_and_not_taken_on_trust(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Rounding the base in the same pass costs what it costs: the adapter's survival says so."""
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.03)
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out.gguf", to="gguf", quant="Q4_0", sidecar=True)
+    beside = [fact for fact in receipt.facts if fact.beside]
+    assert {fact.action for fact in beside} == {"recode"}
+    assert all(fact.error is not None and 0.01 < fact.error < 0.2 for fact in beside)
+    assert receipt.survival is not None and receipt.survival["mean"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_damaged_gguf_adapter_is_named(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    state = load_file(save_patch(base, tmp_path / "patch") / "adapter_model.safetensors")
+    save_file(state, tmp_path / "patch" / "adapter_model.safetensors")
+    edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "a.gguf", to="gguf", sidecar=True)
+    content = (tmp_path / "a.lora.gguf").read_bytes()
+    renamed = content.replace(b"blk.0.attn_q.weight.lora_a", b"blk.0.attn_q.weight.lora_x")
+    (tmp_path / "b.lora.gguf").write_bytes(renamed)
+    with pytest.raises(edgeport.errors.EdgeportError, match="one of the two factors"):
+        open_patch(tmp_path / "b.lora.gguf").edits(open_model(base), None)
+    (tmp_path / "c.lora.gguf").write_bytes(content.replace(b"adapter.type", b"adapter.typo"))
+    with pytest.raises(UnsupportedPatch, match="an adapter of type None"):
+        open_patch(tmp_path / "c.lora.gguf")
