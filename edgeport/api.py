@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgeport import device as devices
-from edgeport.errors import WrongBase
+from edgeport.errors import UnknownName, WrongBase
 from edgeport.locate import open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, verify_hashes
 from edgeport.memory import parse_bytes
-from edgeport.planning import Plan, make_plan
+from edgeport.planning import Method, Plan, make_plan
 from edgeport.registry import converter
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
@@ -33,13 +33,25 @@ class Options(TypedDict, total=False):
     tensor_type: Sequence[tuple[str, str]]
     output_tensor_type: str | None
     token_embedding_type: str | None
-    rounding: str
-    sidecar: bool
+    keep_format: bool
     max_ram: str | int | None
     max_vram: str | int | None
     device: str
     overwrite: bool
     offline: bool
+
+
+class PortOptions(Options, total=False):
+    """What a port can be asked beside."""
+
+    rounding: str
+    seed: int
+    semantics: str | None
+    sidecar: bool
+    probe: bool | None
+    """Whether to compare what base, exact port and output say. None: where a patch is rounded and transformers is there."""
+    calibration: Location | None
+    """The text to do that on; None: edgeport's own."""
 
 
 def plan(
@@ -49,11 +61,11 @@ def plan(
     patch: Location | Sequence[Location] = (),
     old_base: Location | None = None,
     force: bool = False,
-    probe: bool | None = None,
-    calibration: Location | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[PortOptions],
 ) -> Plan:
     """Decide everything from headers alone; nothing is written. Raises EdgeportError for every mistake in the input."""
+    if options.get("keep_format") and options.get("quant"):
+        raise UnknownName(f"--keep-format and --quant {options['quant']} contradict each other; give one of them")
     offline = options.get("offline", False)
     source = open_model(new_base, offline)
     old = open_model(old_base, offline) if old_base is not None else None
@@ -75,10 +87,22 @@ def plan(
         _bytes(options.get("max_ram")), _bytes(options.get("max_vram")), devices.choose(options.get("device", "auto"))
     )
     chosen = converter(options.get("to", "hf"))
-    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False),
-        rounding=options.get("rounding", "auto"), probe=probe, calibration=Path(calibration) if calibration is not None else None,
+    return make_plan(
+        source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False), method=method_of(options)
+    )
+
+
+def method_of(options: PortOptions) -> Method:
+    calibration = options.get("calibration")
+    return Method(
+        rounding=options.get("rounding", "auto"),
+        seed=options.get("seed", 0),
+        semantics=options.get("semantics"),
         sidecar=options.get("sidecar", False),
-    )  # fmt: skip
+        keep_format=options.get("keep_format", False),
+        probe=options.get("probe"),
+        calibration=Path(calibration) if calibration is not None else None,
+    )
 
 
 def port(
@@ -88,20 +112,11 @@ def port(
     patch: Location | Sequence[Location],
     old_base: Location | None = None,
     force: bool = False,
-    probe: bool | None = None,
-    calibration: Location | None = None,
     progress: Progress = silent,
-    **options: Unpack[Options],
+    **options: Unpack[PortOptions],
 ) -> Receipt:
-    """Add patches to an evolved base and write the result.
-
-    `probe`: whether to compare what the models say, on edgeport's own text or that of the file `calibration`. None: where
-    a patched weight is rounded to a quantized format and transformers can run the model.
-    """
-    decided = plan(
-        new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, probe=probe, calibration=calibration,
-        **options,
-    )  # fmt: skip
+    """Add patches to an evolved base and write the result."""
+    decided = plan(new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, **options)
     return run(decided, progress=progress, force=force)
 
 

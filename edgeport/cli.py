@@ -44,6 +44,10 @@ EmbeddingType = Annotated[str | None, typer.Option("--token-embedding-type", hel
 Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
+KeepFormat = Annotated[bool, typer.Option("--keep-format", help="Insist on the base's number formats (the default is to try).")]
+SEMANTICS_HELP = "delta: add every change to the new base; operator: put values that the patch holds whole in its place."
+Semantics = Annotated[str | None, typer.Option(help=SEMANTICS_HELP)]
+Seed = Annotated[int, typer.Option(help="Of the draws that rounding takes; recorded in the manifest.")]
 Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
 Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
@@ -53,6 +57,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of edgeport.")]
 Force = Annotated[bool, typer.Option("--force", help="Go past the gate and the fingerprint check; recorded in the manifest.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happened to each weight.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
 
 
@@ -85,7 +90,7 @@ def pairs(types: list[str] | None) -> list[tuple[str, str]]:
     return [(pattern, kind) for pattern, _, kind in split]
 
 
-def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool, quiet: bool) -> None:
+def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool, quiet: bool, verbose: bool) -> None:
     """Print the plan, or run it and print the receipt."""
     from edgeport.run import run
 
@@ -96,6 +101,8 @@ def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool,
         say(f"note: {note}", quiet)
     with bar(plan.bytes_in, show and not quiet) as progress:
         receipt = run(plan, progress=progress, force=force, command=["edgeport", *sys.argv[1:]])
+    if verbose:
+        say(weights_text(receipt))
     if as_json or not quiet:
         emit(receipt.to_json(), as_json, receipt_text(receipt))
 
@@ -135,6 +142,18 @@ def receipt_text(receipt: Receipt) -> str:
     return table(["written", ""], rows)
 
 
+def weights_text(receipt: Receipt) -> str:
+    """A line for each weight that was not merely copied."""
+    rows = [
+        [
+            fact.weight, fact.action + " beside" * fact.beside, fact.origin, fact.stored, fact.rounding or "-",
+            *("-" if figure is None else f"{figure:.4f}" for figure in (fact.change, fact.retention, fact.error)),
+        ]
+        for fact in receipt.facts if fact.action != "copy" or fact.beside
+    ]  # fmt: skip
+    return table(["weight", "action", "from", "to", "rounding", "change", "kept", "error"], rows)
+
+
 def effect_text(effect: Effect) -> str:
     kept = "the patch changes nothing here" if effect.kept is None else (
         f"{effect.kept:.1%} +- {effect.kept_error:.1%} of the patch's effect kept"
@@ -159,7 +178,10 @@ def port(
     tensor_type: TensorType = None,
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
+    keep_format: KeepFormat = False,
     rounding: Rounding = "auto",
+    seed: Seed = 0,
+    semantics: Semantics = None,
     sidecar: Sidecar = False,
     probe: Probe = None,
     calibration: Calibration = None,
@@ -171,6 +193,7 @@ def port(
     force: Force = False,
     offline: Offline = False,
     no_progress: NoProgress = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -181,9 +204,9 @@ def port(
             max_shard_size=max_shard_size, imatrix=imatrix, tensor_type=pairs(tensor_type),
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type, max_ram=max_ram,
             max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
-            probe=probe, calibration=calibration, sidecar=sidecar,
+            probe=probe, calibration=calibration, sidecar=sidecar, keep_format=keep_format, seed=seed, semantics=semantics,
         )  # fmt: skip
-        carry_out(plan, dry_run, as_json, force, not no_progress, quiet)
+        carry_out(plan, dry_run, as_json, force, not no_progress, quiet, verbose)
 
 
 @app.command()
@@ -204,6 +227,7 @@ def export(
     overwrite: Overwrite = False,
     offline: Offline = False,
     no_progress: NoProgress = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +239,7 @@ def export(
             token_embedding_type=token_embedding_type, max_ram=max_ram, max_vram=max_vram, device=device,
             overwrite=overwrite, offline=offline,
         )  # fmt: skip
-        carry_out(plan, dry_run, as_json, False, not no_progress, quiet)
+        carry_out(plan, dry_run, as_json, False, not no_progress, quiet, verbose)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from edgeport.planning import manifest_path
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
 from edgeport.tensor import HEAD
+
+WORST = 5
+"""Weights that kept least, named one by one."""
 
 
 def describe(text: str | Path, offline: bool) -> dict[str, Any]:
@@ -40,8 +44,27 @@ def describe_model(source: Source) -> dict[str, Any]:
     }
     if manifest_path(source.path, source.path.is_dir()).is_file():
         manifest = read_manifest(source.path)
-        facts["made_by"] = {key: manifest[key] for key in ("command", "survival", "inputs") if key in manifest}
+        facts["made_by"] = {key: manifest[key] for key in ("command", "method", "inputs") if key in manifest}
+        facts |= {key: manifest[key] for key in ("adapter", "probe") if manifest.get(key)}
+        facts["survival"] = survival(manifest)
     return facts
+
+
+def survival(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an output keeps of its patches, weight by weight in sum; None where none was added."""
+    patched = [fact for fact in manifest.get("per_weight", ()) if fact.get("retention") is not None]
+    if not patched or not manifest.get("survival"):
+        return None
+    worst = sorted(patched, key=lambda fact: float(fact["retention"]))[:WORST]
+    return {
+        **manifest["survival"],
+        "weights": len(patched),
+        "mean_change": sum(fact["change"] for fact in patched) / len(patched),
+        "mean_error": sum(fact["error"] for fact in patched) / len(patched),
+        "rounding": dict(Counter(fact["rounding"] or "none" for fact in patched).most_common()),
+        "formats": dict(Counter(fact["stored"] for fact in patched).most_common()),
+        "least": {fact["weight"]: fact["retention"] for fact in worst},
+    }
 
 
 def describe_patch(patch: Patch) -> dict[str, Any]:

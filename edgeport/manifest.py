@@ -59,6 +59,8 @@ class Receipt:
     coverage: Mapping[str, int]
     gate: Mapping[str, str]
     notes: tuple[str, ...]
+    method: Mapping[str, Any]
+    """What the user asked of the way: rounding, seed, semantics."""
     adapter: Mapping[str, Any] | None = None
     """The low-rank patch beside the model that belongs to it: its name in the output, what it holds, rank and alpha."""
     probe: Effect | None = None
@@ -93,6 +95,7 @@ class Receipt:
             "coverage": dict(self.coverage),
             "gate": dict(self.gate),
             "notes": list(self.notes),
+            "method": dict(self.method),
         }
 
 

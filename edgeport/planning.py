@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from edgeport.adapter import Adapter, plan_sidecar, surveyed
-from edgeport.errors import DecodeOnly, NotEnoughDisk, OutputExists, ShapeMismatch, UnsupportedPatch, about
+from edgeport.errors import (
+    ConvertError,
+    DecodeOnly,
+    NotEnoughDisk,
+    OutputExists,
+    ShapeMismatch,
+    UnknownName,
+    UnsupportedPatch,
+    about,
+)
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.probing import Probing, decide
-from edgeport.registry import codec, lookup, roundings
+from edgeport.registry import codec, lookup, miss, roundings
 from edgeport.rounding import AUTO, NEAREST
 from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
@@ -22,6 +31,25 @@ from edgeport.tensor import EMBEDDING, HEAD, Weight
 MANIFEST = "edgeport.json"
 
 DISK_SLACK_BYTES = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the user wants a patch to be applied and judged."""
+
+    rounding: str = AUTO
+    seed: int = 0
+    """Of the draws that rounding takes."""
+    semantics: str | None = None
+    """"delta": every change is added to the new base. "operator": values of the patch's own replace the base's."""
+    sidecar: bool = False
+    keep_format: bool = False
+    """Whether the output has to have the base's number formats; without --quant it has them where its container can."""
+    probe: bool | None = None
+    calibration: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rounding": self.rounding, "seed": self.seed, "semantics": self.semantics}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +62,7 @@ class Plan:
     sink: Sink
     target: Target
     limits: Limits
+    method: Method
     steps: tuple[Step, ...]
     files: tuple[FileLayout, ...]
     patch_tensors: int
@@ -98,6 +127,10 @@ class Plan:
         }
 
 
+DEFAULT = Method()
+DELTA, OPERATOR = "delta", "operator"
+
+
 def make_plan(
     source: Source,
     patches: Sequence[Patch],
@@ -107,17 +140,16 @@ def make_plan(
     *,
     old: Source | None = None,
     overwrite: bool = False,
-    rounding: str = AUTO,
-    probe: bool | None = None,
-    calibration: Path | None = None,
-    sidecar: bool = False,
+    method: Method = DEFAULT,
 ) -> Plan:
     """Match, check and cut. Raises every error that the user's input can cause; creates no file."""
-    if rounding not in (AUTO, NEAREST):
-        lookup(roundings(), rounding, "rounding")
+    if method.rounding not in (AUTO, NEAREST):
+        lookup(roundings(), method.rounding, "rounding")
+    old = None if method.semantics == OPERATOR else old
     edits = collect_edits(source, patches, old)
     patched = with_ties(source, edits)
-    work = with_ties(source, {}) if sidecar else patched
+    check_semantics(patched, method)
+    work = with_ties(source, {}) if method.sidecar else patched
     config = adapted_config(source, work)
     overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
     target = replace(target, config=config, assets=overlay)
@@ -126,22 +158,24 @@ def make_plan(
     placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
     files = tuple(sink.layout(placed))
     beside = {name: (origin, todo) for name, origin, todo in patched if todo}
-    adapter = plan_sidecar(sink, beside) if sidecar else None
+    adapter = plan_sidecar(sink, beside) if method.sidecar else None
     files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
     check_disk(target.output, sum(file.size for file in files) + DISK_SLACK_BYTES)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
-    steps = tuple(cut(origin, stored, todo, allowed, rounding) for (_, origin, todo), stored in pairs)
+    steps = tuple(cut(origin, stored, todo, allowed, method.rounding, method.seed) for (_, origin, todo), stored in pairs)
     check_writable(steps)
+    if method.keep_format:
+        check_kept(steps)
     adapter = adapter and surveyed(adapter, beside, {weight.name: weight for weight in placed}, allowed)
-    probing = decide(source, patches, steps, converter, limits, probe, calibration, config)
+    probing = decide(source, patches, steps, converter, limits, method.probe, method.calibration, config)
     peak = max([step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []), default=0)
     vram = max((step.vram_bytes for step in steps), default=0)
     return Plan(
-        source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, steps=steps, files=files,
-        patch_tensors=sum(len(patch.tensors) for patch in patches),
+        source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
+        steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on(work), *sink.notes), probing=probing, adapter=adapter,
     )  # fmt: skip
@@ -206,6 +240,18 @@ def reshaped(origin: Weight, shape: tuple[int, ...]) -> Weight:
     return origin if shape == origin.shape else replace(origin, shape=shape)
 
 
+def check_semantics(work: Sequence[Work], method: Method) -> None:
+    """Raises UnknownName; UnsupportedPatch where a change cannot be told from the value that stands for it."""
+    if method.semantics not in (None, DELTA, OPERATOR):
+        raise UnknownName(miss([DELTA, OPERATOR], method.semantics, "--semantics"))
+    whole = [name for name, _, todo in work if any(edit.semantics == OPERATOR for edit in todo)]
+    if method.semantics == DELTA and whole:
+        raise UnsupportedPatch(
+            f"the patch holds whole values for {', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}, whose change shows only "
+            "beside the base that it was made on; give it as --old-base, or leave off --semantics delta"
+        )
+
+
 def grows(work: Sequence[Work]) -> bool:
     """Whether a vocabulary grows."""
     return any(final_shape(origin, todo) != origin.shape for _, origin, todo in work)
@@ -267,6 +313,17 @@ def check_writable(steps: Sequence[Step]) -> None:
         if not step.copied and codec(step.target.codec).formats[step.target.format] != "rw":
             with about(step.target.name):
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
+
+
+def check_kept(steps: Sequence[Step]) -> None:
+    """Raises ConvertError where a matrix, or quantized numbers, would change their format."""
+    changed = [step for step in steps if step.target.format != step.origin.format and len(step.target.shape) > 1]
+    if changed:
+        first = changed[0]
+        raise ConvertError(
+            f"--keep-format: {first.target.name} is {first.origin.format} in the base and would be {first.target.format}; "
+            "write the base's own container, or leave off --keep-format"
+        )
 
 
 def manifest_path(output: Path, folder: bool) -> Path:

@@ -188,7 +188,7 @@ def round_on_grid(step: Step, rows: range, parts: Mapping[str, Tensor], exact: T
     """The edited rows on the grid that `parts` spell: scales stay, and the step's rule chooses the codes."""
     owner = cast(Gridded, codec(step.target.codec))
     codes = on_grid(
-        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.target.name, rows.start
+        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.draws, rows.start
     )
     return owner.with_codes(step.target, parts, codes)
 
@@ -257,7 +257,8 @@ def make_receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
-        gate=FORCED if force else GATE, notes=plan.notes, adapter=plan.adapter.to_json() if plan.adapter else None,
+        method=plan.method.to_json(), gate=FORCED if force else GATE, notes=plan.notes,
+        adapter=plan.adapter.to_json() if plan.adapter else None,
     )  # fmt: skip
 
 

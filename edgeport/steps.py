@@ -54,6 +54,12 @@ class Step:
     """On the CPU, with the edits' factors."""
     vram_bytes: int = 0
     rounding: str = NEAREST
+    seed: int = 0
+
+    @property
+    def draws(self) -> str:
+        """What the draws of the rule depend on, besides the place in the weight."""
+        return f"{self.seed} {self.target.name}" if self.seed else self.target.name
 
     @property
     def granule(self) -> int:
@@ -119,7 +125,7 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], wanted:
     return ON_GRID if stored_alike(origin, target) else AUTO if origin.codec == "plain" else NEAREST
 
 
-def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, wanted: str = NEAREST) -> Step:
+def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, wanted: str = NEAREST, seed: int = 0) -> Step:
     """Choose the rows of a block so that it fits what is allowed. Raises BudgetTooSmall."""
     if not edits and stored_alike(origin, target):
         piece = COPY_BYTES if allowed.ram is None else min(COPY_BYTES, allowed.ram)
@@ -147,7 +153,8 @@ def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowe
         rows = min(rows, fitting)
     elements = rows * target.columns
     vram = held + int(elements * each_device) if allowed.cuda else 0
-    return Step(origin, target, edits, rows, held + int(elements * each_host), vram, rounding_of(origin, target, edits, wanted))
+    rule = rounding_of(origin, target, edits, wanted)
+    return Step(origin, target, edits, rows, held + int(elements * each_host), vram, rule, seed)
 
 
 def finishing_bytes(target: Weight) -> int:

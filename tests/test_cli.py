@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from bench.bad_input import NORM, export, listing, model, patch, port, run, tokenizer, weights
+from bench.bad_input import HIDDEN, NORM, export, factors, listing, model, patch, port, run, tokenizer, weights
 from bench.shapes import Shape, write_model, write_patch
 
 ROOT = Path(__file__).parents[1]
@@ -324,3 +326,46 @@ def test_shards_reload_with_transformers(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
     assert whole.keys() == cut.keys() and all(torch.equal(value, cut[name]) for name, value in whole.items())
     assert run(["verify", str(tmp_path / "out")]).code == 0
+
+
+def test_keep_format_is_the_default_said_aloud(tmp_path: Path) -> None:
+    base = with_tokenizer(tmp_path)
+    assert run(export(base, tmp_path / "base.gguf", "--quant", "Q8_0")).code == 0
+    argv = port(tmp_path, tmp_path / "base.gguf", None, "--to", "gguf", "--no-probe", to="out.gguf")
+    assert run(argv).code == 0
+    first = content(tmp_path)["out.gguf"]
+    assert run([*argv, "--keep-format", "--overwrite"]).code == 0 and content(tmp_path)["out.gguf"] == first
+    both = run([*argv, "--keep-format", "--quant", "Q4_0", "--overwrite"])
+    assert both.code == 2 and "contradict each other" in both.error
+    folder = run(port(tmp_path, tmp_path / "base.gguf", tmp_path / "patch", "--keep-format"))
+    assert folder.code == 1 and "is Q8_0 in the base and would be BF16" in folder.error
+
+
+def test_semantics(tmp_path: Path) -> None:
+    """A whole value in the patch: its difference to the old base, or itself."""
+    old, new = model(tmp_path, "old"), model(tmp_path, "new", {name: values + 1 for name, values in weights().items()})
+    given = patch(tmp_path, factors() | {f"base_model.model.{NORM}": np.full(HIDDEN, 3, np.float32)})
+    found = {}
+    for name, more in {
+        "with": ["--old-base", str(old)],
+        "delta": ["--old-base", str(old), "--semantics", "delta"],
+        "without": [],
+        "operator": ["--old-base", str(old), "--semantics", "operator"],
+    }.items():
+        assert run(port(tmp_path, new, given, *more, to=name)).code == 0
+        found[name] = load_file(tmp_path / name / "model.safetensors")[NORM]
+        manifest = json.loads((tmp_path / name / "edgeport.json").read_text())
+        told = next(fact["semantics"] for fact in manifest["per_weight"] if fact["weight"] == NORM)
+        assert told == ("delta" if name in ("with", "delta") else "operator")
+    assert np.allclose(found["operator"], 3) and np.array_equal(found["operator"], found["without"])
+    assert np.allclose(found["delta"], 4) and np.array_equal(found["delta"], found["with"])
+    refused = run(port(tmp_path, new, given, "--semantics", "delta", to="refused"))
+    assert refused.code == 1 and "give it as --old-base" in refused.error and not (tmp_path / "refused").exists()
+    assert run(port(tmp_path, new, given, "--semantics", "sum", to="refused")).code == 2
+
+
+def test_verbose_names_every_patched_weight(tmp_path: Path) -> None:
+    answer = run([*port(tmp_path), "-v"])
+    line = next(line for line in answer.error.splitlines() if "q_proj" in line)
+    assert line.split()[1:5] == ["patch", "F32", "F32", "nearest"] and float(line.split()[6]) == pytest.approx(1, abs=1e-3)
+    assert len(answer.error.splitlines()) == 3

@@ -212,3 +212,18 @@ def test_a_probe_that_was_asked_for_and_cannot_be_run_stops_the_port(base: Path,
     assert not (tmp_path / "out").exists()
     skipped = edgeport.port(**common, output=tmp_path / "out").probe_skipped
     assert skipped is not None and "unheard of" in skipped
+
+
+def test_inspect_shows_what_survived(base: Path, tmp_path: Path) -> None:
+    patch = save_patch(base, tmp_path / "patch", std=0.05)
+    quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="Q8_0").output
+    receipt = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "out.gguf", to="gguf", seed=7)
+    facts = edgeport.inspect(tmp_path / "out.gguf")
+    kept = {fact.weight: fact.retention for fact in receipt.facts if fact.retention is not None}
+    survival = facts["survival"]
+    assert survival["mean"] == pytest.approx(sum(kept.values()) / 14) and survival["weights"] == 14
+    assert survival["min"] == min(kept.values()) == survival["least"][survival["worst"]] and len(survival["least"]) == 5
+    assert survival["rounding"] == {"stochastic": 14} and survival["formats"] == {"Q8_0": 14}
+    assert facts["probe"]["kept"] == receipt.probe.kept if receipt.probe else False
+    assert facts["made_by"]["method"] == {"rounding": "auto", "seed": 7, "semantics": None}
+    assert edgeport.inspect(quantized)["survival"] is None

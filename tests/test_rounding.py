@@ -15,6 +15,8 @@ from edgeport.registry import codec
 from edgeport.rounding import on_grid
 from edgeport.rounding.draws import uniform
 from edgeport.rounding.stochastic import rounding as stochastic
+from tests.conftest import TinyLlama
+from tests.test_adapter import save_patch
 
 CPU = torch.device("cpu")
 
@@ -99,3 +101,18 @@ def test_an_unknown_rule_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="no rounding is called 'stochastik'; did you mean 'stochastic'"):
         edgeport.plan(patch=ADAPTERS / "triage", new_base=packaged_model(), output=tmp_path / "o.gguf", to="gguf",
                       rounding="stochastik")  # fmt: skip
+
+
+def test_a_seed_draws_anew_and_repeats(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.02)
+    quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="Q8_0").output
+    found = {}
+    for name, seed in {"none": 0, "one": 1, "again": 1, "two": 2}.items():
+        output = tmp_path / f"{name}.gguf"
+        receipt = edgeport.port(patch=patch, new_base=quantized, output=output, to="gguf", seed=seed, probe=False)
+        told = json.loads((tmp_path / f"{name}.gguf.edgeport.json").read_text())["method"]
+        assert told == dict(receipt.method) and told["seed"] == seed
+        found[name] = output.read_bytes()
+    default = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "default.gguf", to="gguf", probe=False).output
+    assert found["one"] == found["again"] and len(set(found.values())) == 3 and found["none"] == default.read_bytes()
