@@ -50,7 +50,7 @@ SHAPES = {
     "model.layers.0.input_layernorm.weight": (HIDDEN,), "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
     NORM: (HIDDEN,),
 }  # fmt: skip
-DTYPES = {"float32": "F32", "float16": "F16"}
+DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32"}
 
 
 # Good inputs, small enough to be made anew for every case.
@@ -205,6 +205,23 @@ def with_config(text: str | None = None, **config: Any) -> Make:
         if text is not None:
             (base / "config.json").write_text(text)
         return port(folder, base)
+
+    return make
+
+
+def with_turned(method: str, tensors: Tensors = MappingProxyType({}), **lie: Any) -> Make:
+    """A base whose q_proj is in GPTQ or AWQ, with some of its tensors, or of what config.json says of it, replaced."""
+
+    def make(folder: Path) -> list[str]:
+        ints = {"qweight": (HIDDEN // 8, HIDDEN) if method == "gptq" else (HIDDEN, HIDDEN // 8), "qzeros": (1, HIDDEN // 8)}
+        layer: dict[str, Array] = {name: np.zeros(shape, np.int32) for name, shape in ints.items()}
+        layer |= {"scales": np.ones((1, HIDDEN), np.float16), "g_idx": np.zeros(HIDDEN, np.int32)}
+        if method == "awq":
+            del layer["g_idx"]
+        plain = {name: values for name, values in weights().items() if name != Q_WEIGHT}
+        stored = {f"{Q_PROJ}.{name}": values for name, values in (layer | dict(tensors)).items()}
+        told = {"quant_method": method, "bits": 4, "group_size": 32} | lie
+        return port(folder, model(folder, tensors=plain | stored, quantization_config=told))
 
     return make
 
@@ -420,7 +437,22 @@ CASES: dict[str, Case] = {
     "config.json missing": Case(lambda f: port(f, _without(model(f), "config.json")), "is not a model that edgeport reads"),
     "config.json, not JSON": Case(with_config("{'a': 1}"), "config.json is not valid JSON"),
     "config.json, a list": Case(with_config("[]"), "where a JSON object was expected"),
-    "config.json, quantized": Case(with_config(quantization_config={"quant_method": "gptq"}), "is quantized (gptq)"),
+    "config.json, quantized": Case(with_config(quantization_config={"quant_method": "aqlm"}), "is quantized (aqlm)"),
+    "config.json, quantized, and no tensor is": Case(
+        with_config(quantization_config={"quant_method": "gptq"}), "and no weight of it is"),
+    **{f"{name}, bits that are not read": Case(with_turned(name, bits=5), f"says 5 bits, {word}")
+       for name, word in (("gptq", "format 'gptq'"), ("awq", "version 'gemm'"))},
+    **{f"{name}, group size 0": Case(with_turned(name, group_size=0), "says group_size 0") for name in ("gptq", "awq")},
+    **{f"{name}, another group size than the tensors": Case(
+        with_turned(name, group_size=16), "q_proj.qzeros is I32 [1, 4], where [32, 32] in") for name in ("gptq", "awq")},
+    **{f"{name}, scales of another shape": Case(
+        with_turned(name, {"scales": np.ones((1, 31), np.float16)}), "scales is F16 [1, 31]") for name in ("gptq", "awq")},
+    **{f"{name}, scales of another type": Case(
+        with_turned(name, {"scales": np.ones((1, 32), np.int32)}), "scales in one of F16, BF16") for name in ("gptq", "awq")},
+    "gptq, another layout": Case(with_turned("gptq", checkpoint_format="gptq_p"), "format 'gptq_p'"),
+    "gptq, g_idx out of range": Case(
+        with_turned("gptq", {"g_idx": np.full(HIDDEN, 7, np.int32)}), "g_idx names group 7, and there are 1"),
+    "awq, another layout": Case(with_turned("awq", version="gemv_fast"), "version 'gemv_fast'"),
     "config.json, quantization_config without a method": Case(with_config(quantization_config=[1]), "quantization_config"),
     "weights missing": Case(lambda f: port(f, _without(model(f), "model.safetensors")), "holds none of model.safetensors"),
     ".bin, a pickle that runs code, zipped": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=True), "holds more than tensors"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_range, safetensors_bytes
-from edgeport.codecs import bnb4, int8
+from converters.hf_quants import FLOATS, METHODS, QUANTS, Quant, choose, is_linear
+from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_lines, read_range, safetensors_bytes
 from edgeport.codecs.plain import TYPES
 from edgeport.errors import (
     AmbiguousFormat,
@@ -21,13 +20,13 @@ from edgeport.errors import (
     MissingTensor,
     NotACheckpoint,
     UnknownName,
-    UnsupportedArchitecture,
+    about,
 )
 from edgeport.patches.names import PEFT_PREFIX
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import EMBEDDING, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +40,10 @@ ASSETS = (
 )  # fmt: skip
 PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FLOATS = ("F64", "F32", "F16", "BF16")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ADAPTER = "adapter"
 """The folder of a PEFT adapter that belongs to the model it stands in."""
-READABLE = ("bitsandbytes",)
-"""The values of quant_method whose tensors a codec claims."""
-PEEK_BYTES = 1 << 16
-QUANTS = {"nf4": "NF4", "nf4-dq": "NF4_DQ", "fp4": "FP4", "fp4-dq": "FP4_DQ", "int8": int8.FORMAT}
-"""--quant to bitsandbytes' formats; dq: double quantization, whose scales are quantized too."""
-LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
+PEEK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +60,10 @@ class Folder:
     def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
         place = self.stored[spec.name]
         return read_range(place.path, place.offset + start, place.offset + stop)
+
+    def read_lines(self, spec: TensorSpec, start: int, stop: int, lines: int) -> bytearray:
+        place = self.stored[spec.name]
+        return read_lines(place.path, place.offset + start, stop - start, lines, spec.nbytes // lines)
 
     def assets(self, staging: Path) -> Mapping[str, Path]:
         return asset_files(self.path)
@@ -102,7 +99,7 @@ def open_folder(path: Path) -> Folder:
         raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config")
-    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in READABLE):
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "a quantization_config of no known form"
         raise AmbiguousFormat(
             f"{path} is quantized ({method}), which edgeport does not read yet; give the unquantized folder or a GGUF file"
@@ -127,6 +124,11 @@ def open_folder(path: Path) -> Folder:
         return bytes(read_range(place.path, place.offset, place.offset + place.nbytes))
 
     weights = {weight.name: weight for weight in claim(stored, config, peek)}
+    if quantization and all(weight.codec == "plain" for weight in weights.values()):
+        raise CorruptCheckpoint(
+            f"config.json says that {path} is quantized ({quantization['quant_method']}), and no weight of it is; take "
+            "quantization_config out of config.json if that is so"
+        )
     return Folder(path, config, stored, weights, files)
 
 
@@ -138,33 +140,26 @@ class FolderSink:
     target: Target
     format: str | None
     """The plain format of every weight that is not to be in `quant`."""
-    quant: str | None = None
-    """bitsandbytes' format of the linear layers."""
+    quant: Quant | None = None
+    """What the linear layers become."""
     folder: bool = True
     importance: Mapping[str, Tensor] | None = None
     notes: Sequence[str] = ()
 
     def place(self, weight: Weight) -> Weight:
         if self.quant and is_linear(weight):
-            return weight if weight.format == self.quant else self.quantized(weight, self.quant)
-        if weight.codec != "plain" and not self.format:
-            return weight
-        format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
-        placed = codec("plain").layout(weight.name, weight.shape, format)
+            with about(weight.name):
+                placed = self.quant.lay_out(weight)
+        elif weight.codec != "plain":
+            # a quantized head has no place in another quantization_config
+            format = self.format or (self.quant and plain_format(self.target.config))
+            placed = codec("plain").layout(weight.name, weight.shape, format) if format else weight
+        else:
+            format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
+            placed = codec("plain").layout(weight.name, weight.shape, format)
         # one object for both sides, since there are thousands; a tied head is stored under the embedding's name
-        return weight if stored_alike(weight, placed) and weight.parts["data"].spec.name == weight.name else placed
-
-    def quantized(self, weight: Weight, format: str) -> Weight:
-        """Laid out as transformers would quantize it on loading."""
-        if format == int8.FORMAT:
-            return codec("int8").layout(weight.name, weight.shape, format)
-        return bnb4.lay_out(weight.name, weight.shape, bnb4.new_state(format, self.dtype))
-
-    @property
-    def dtype(self) -> str:
-        """The type that the model computes in, in which transformers has a weight before it quantizes it."""
-        stated = self.target.config.get("dtype", self.target.config.get("torch_dtype"))
-        return CONFIG_DTYPES[self.format] if self.format else stated if stated in bnb4.DTYPES else "bfloat16"
+        names = ([part.spec.name for part in parts.values()] for parts in (weight.parts, placed.parts))
+        return weight if stored_alike(weight, placed) and next(names) == next(names) else placed
 
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         shards = self.shards(weights)
@@ -224,38 +219,15 @@ class FolderSink:
             config[key] = CONFIG_DTYPES[self.format]
             config.pop("quantization_config", None)
         if self.quant:
-            config["quantization_config"] = quantization_config(self.quant, self.dtype, config.get("quantization_config"))
+            config["quantization_config"] = dict(self.quant.config)
         if config != dict(self.source.config) or not (staging / "config.json").exists():
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def is_linear(weight: Weight) -> bool:
-    """Whether transformers quantizes it: the linear layers of the decoder, and not the head. Raises UnsupportedArchitecture.
-
-    Source: transformers `quantizers.base.get_keys_to_not_convert`, `integrations.bitsandbytes.replace_with_bnb_linear`.
-    """
-    if weight.name in (EMBEDDING, HEAD) or len(weight.shape) < 2 or weight.format in set(TYPES) - set(FLOATS):
-        return False
-    if len(weight.shape) == 2 and LINEAR.fullmatch(weight.name):
-        return True
-    raise UnsupportedArchitecture(
-        f"{weight.name} {list(weight.shape)} may or may not be a layer that bitsandbytes quantizes; edgeport knows that of "
-        "decoders with dense layers (model.layers.N....) alone; use --quant bf16, or --to gguf"
-    )
-
-
-def quantization_config(quant: str, dtype: str, present: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What transformers writes into config.json (`BitsAndBytesConfig.to_dict`); the present one where it says the same."""
-    four, (kind, nested) = quant in bnb4.FORMATS, bnb4.FORMATS.get(quant, ("fp4", False))
-    told = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "load_in_4bit": four, "load_in_8bit": not four}
-    if present and all(present.get(key) == value for key, value in told.items()):
-        return present
-    defaults = {
-        "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_compute_dtype": dtype if four else "float32",
-        "bnb_4bit_quant_storage": "uint8", "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes",
-    }  # fmt: skip
-    return dict(sorted((told | defaults).items()))
+def plain_format(config: Mapping[str, Any]) -> str:
+    """The type that the model computes in, in which transformers has a weight before it quantizes it."""
+    stated = config.get("dtype", config.get("torch_dtype"))
+    return next((format for format, dtype in CONFIG_DTYPES.items() if dtype == stated), "BF16")
 
 
 def adapter_config(factors: Sequence[Factors], alpha: int) -> dict[str, Any]:
@@ -295,10 +267,14 @@ class HuggingFace:
         if given:
             raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
         quant = (target.quant or "").lower()
-        if quant and quant not in PRECISIONS | QUANTS:
+        if quant and quant not in {*PRECISIONS, *QUANTS}:
             raise UnknownName(miss([*PRECISIONS, *QUANTS], quant, "--quant of an HF folder"))
         kept = source.container == self.name or all(weight.codec == "plain" for weight in source.weights.values())
-        return FolderSink(source, target, PRECISIONS.get(quant, None if kept else "BF16"), QUANTS.get(quant))
+        format = PRECISIONS.get(quant, None if kept else "BF16")
+        if quant not in QUANTS:
+            return FolderSink(source, target, format)
+        dtype = CONFIG_DTYPES[format or plain_format(target.config)]
+        return FolderSink(source, target, format, choose(quant, source.weights.values(), dtype))
 
 
 converter = HuggingFace()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from edgeport.registry import codec
-from edgeport.tensor import TensorSpec, Weight
+from edgeport.seams import Lined
+from edgeport.tensor import Part, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,13 @@ def decode_rows(source: Readable, weight: Weight, rows: range, device: str = "cp
 
 def read_parts(source: Readable, weight: Weight, rows: range) -> dict[str, bytearray]:
     """The stored bytes that spell some rows, by part."""
-    return {role: source.read(part.spec, *part.span(rows, weight.granule)) for role, part in weight.parts.items()}
+    return {role: read_part(source, part, rows, weight.granule) for role, part in weight.parts.items()}
+
+
+def read_part(source: Readable, part: Part, rows: range, granule: int) -> bytearray:
+    """A part's stored bytes of some rows; of a part in lines, line by line."""
+    span = part.span(rows, granule)
+    return source.read(part.spec, *span) if part.lines == 1 else cast(Lined, source).read_lines(part.spec, *span, part.lines)
 
 
 def as_tensor(data: bytearray) -> Tensor:

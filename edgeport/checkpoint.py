@@ -44,6 +44,22 @@ def read_range(path: Path, start: int, stop: int) -> bytearray:
     return buffer
 
 
+def read_lines(path: Path, start: int, width: int, lines: int, pitch: int) -> bytearray:
+    """`width` bytes from `start` on, and from each multiple of `pitch` after it, one after the other.
+
+    Raises CorruptCheckpoint where the file ends before.
+    """
+    buffer = bytearray(width * lines)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        handle = file.fileno()
+        for line in range(lines):
+            piece, begin = view[line * width : (line + 1) * width], start + line * pitch
+            if os.preadv(handle, [piece], begin) < width:
+                piece[:] = read_range(path, begin, begin + width)
+    return buffer
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CorruptCheckpoint."""
     try:

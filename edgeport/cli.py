@@ -61,7 +61,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happene
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
 
 
-CAPABILITIES = {"rw": "read, write", "r": "read", "copy": "copy"}
+CAPABILITIES = {"rw": "read, write", "rp": "read, patch", "r": "read", "copy": "copy"}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from edgeport.probing import Probing, decide
 from edgeport.registry import codec, lookup, miss, roundings
 from edgeport.rounding import AUTO, NEAREST
 from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
-from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
+from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 MANIFEST = "edgeport.json"
@@ -310,7 +310,8 @@ def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwri
 def check_writable(steps: Sequence[Step]) -> None:
     """Raises DecodeOnly where a weight would have to be written in a format that is only read or copied."""
     for step in steps:
-        if not step.copied and codec(step.target.codec).formats[step.target.format] != "rw":
+        patched = step.keeps_grid and stored_alike(step.origin, step.target)
+        if not step.copied and not patched and codec(step.target.codec).formats[step.target.format] != "rw":
             with about(step.target.name):
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
 

@@ -85,12 +85,12 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
 def lane_for(plan: Plan) -> AbstractContextManager[Lane]:
     """The plan's device, with buffers for its largest block."""
     blocks = [(weight, step) for step in plan.steps if not step.copied for weight in (step.origin, step.target)]
-    sizes = [packed_bytes(stop - start for start, stop in spans(weight, range(step.rows))) for weight, step in blocks]
+    sizes = [packed_bytes(sizes_of(weight, range(step.rows))) for weight, step in blocks]
     return opened(plan.limits.device, max(sizes[::2], default=0), max(sizes[1::2], default=0), plan.limits.vram)
 
 
-def spans(weight: Weight, rows: range) -> list[tuple[int, int]]:
-    return [part.span(rows, weight.granule) for part in weight.parts.values()]
+def sizes_of(weight: Weight, rows: range) -> list[int]:
+    return [part.size(rows, weight.granule) for part in weight.parts.values()]
 
 
 def copy(plan: Plan, step: Step, staging: Staging, progress: Progress) -> WeightFact:
@@ -145,7 +145,7 @@ def put(staging: Staging, target: Weight, rows: range, role: str, data: memoryvi
     """Write what spells some rows of a weight's part. A table that all rows share goes with the first."""
     part = target.parts[role]
     if part.stride or rows.start == 0:
-        staging.write(part.spec.name, part.span(rows, target.granule)[0], data)
+        staging.write(part.spec.name, part.span(rows, target.granule)[0], data, part.lines, part.pitch)
 
 
 def finish(target: Weight, later: dict[str, list[Tensor]], staging: Staging, lane: Lane) -> None:
@@ -167,7 +167,7 @@ def compute(
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
     base = padded(step, rows, decode_parts(step.origin, parts))
-    grid_parts = dict(parts) if step.rounding != NEAREST and stored_alike(step.origin, step.target) else None
+    grid_parts = dict(parts) if step.keeps_grid and stored_alike(step.origin, step.target) else None
     parts.clear()
     exact = base
     for apply in applied:
@@ -175,7 +175,7 @@ def compute(
     if not finite(exact):
         where = "the base with the patch added" if finite(base) else "the base"
         raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-    if step.rounding == NEAREST:
+    if not step.keeps_grid:
         stored = encode_rows(step.target, exact, importance)
     else:
         stored = round_on_grid(step, rows, grid_parts or encode_rows(step.target, base, importance), exact)

@@ -60,12 +60,24 @@ class Source(Protocol):
         ...
 
 
+class Lined(Protocol):
+    """What a source is, besides a `Source`, whose tensors may be stored turned (`Part.lines`)."""
+
+    def read_lines(self, spec: TensorSpec, start: int, stop: int, lines: int) -> bytearray:
+        """Bytes `start` to `stop` of each of a stored tensor's `lines` equal lines, one after the other.
+
+        Raises CorruptCheckpoint where the file ends early.
+        """
+        ...
+
+
 class Codec(Protocol):
     """A number format: which stored tensors spell a weight, and what a block of its rows means."""
 
     name: str
     formats: Mapping[str, str]
-    """Format name to what it can do: "rw" read and write, "r" read only, "" copy only."""
+    """Format name to what it can do: "rw" read and write, "r" read only, "" copy only. "rp": read, and patched
+    on the grid that a stored weight has (`edgeport.grid.Gridded`), not written from other numbers."""
     scratch: float
     """Temporary bytes an element that decode or encode takes beyond its input and output."""
 

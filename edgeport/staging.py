@@ -31,24 +31,33 @@ class Staging:
     def expect(self, tensor: str, nbytes: int) -> None:
         self.missing[tensor] = nbytes
 
-    def write(self, tensor: str, offset: int, data: memoryview | bytes | bytearray) -> None:
-        """Write `data` at byte `offset` of a stored tensor. Raises PlanViolation outside of what was planned."""
-        layout = next((layout for layout in self.layouts if tensor in layout.ranges), None)
-        if layout is None:
-            raise PlanViolation(f"{tensor} has no planned place in the output")
+    def write(
+        self, tensor: str, offset: int, data: memoryview | bytes | bytearray, lines: int = 1, pitch: int = 0
+    ) -> None:
+        """Write `data` at byte `offset` of a stored tensor, or an equal piece of it at that byte of each of its `lines`.
+
+        `pitch`: bytes from one line to the next. Raises PlanViolation outside of what was planned.
+        """
+        layout = self.layout(tensor)
         view = memoryview(data).cast("B")
         self.missing[tensor] -= len(view)
         if self.missing[tensor] < 0:
             raise PlanViolation(f"{tensor} got more bytes than planned")
-        offset += layout.ranges[tensor]
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self.files[layout.name], view[done:], offset + done)
+        handle, width, begin = self.files[layout.name], len(view) // lines, layout.ranges[tensor] + offset
+        for line in range(lines):
+            _write(handle, view[line * width : (line + 1) * width], begin + line * pitch)
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a stored tensor that has been written."""
-        layout = self.places[spec.name]
+        layout = self.layout(spec.name)
         return bytearray(os.pread(self.files[layout.name], stop - start, layout.ranges[spec.name] + start))
+
+    def layout(self, tensor: str) -> FileLayout:
+        """The file that has a place for a tensor. Raises PlanViolation."""
+        for layout in self.layouts:
+            if tensor in layout.ranges:
+                return layout
+        raise PlanViolation(f"{tensor} has no planned place in the output")
 
     def close(self) -> None:
         for handle in self.files.values():
@@ -103,6 +112,12 @@ def commit(place: Path, output: Path, folder: bool) -> None:
         os.rename(place, output)
         shutil.rmtree(replaced, ignore_errors=True)
     _sync(output.parent)
+
+
+def _write(handle: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], offset + done)
 
 
 def _sync(path: Path) -> None:

@@ -66,6 +66,11 @@ class Step:
         return common_granule(self.origin, self.target)
 
     @property
+    def keeps_grid(self) -> bool:
+        """Whether scales stay as they are and the rule chooses codes, also to nearest where scales cannot be made anew."""
+        return self.rounding != NEAREST or codec(self.target.codec).formats[self.target.format] == "rp"
+
+    @property
     def copied(self) -> bool:
         return not self.edits and stored_alike(self.origin, self.target)
 

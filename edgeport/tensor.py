@@ -26,16 +26,33 @@ class Part:
     """One stored tensor of a weight, and how its bytes follow the weight's rows.
 
     A granule of rows takes `stride` bytes, in order; a stride of 0 means a table that every row needs whole.
+    A tensor that is stored turned, with the weight's rows along its columns, is so many `lines`: each has its piece
+    of every granule, and the pieces of all lines together, one after the other, spell the rows.
+
+        lines = 3:   | granule 0 | granule 1 | ... |      rows of granule 1: the second piece of each line
+                     | granule 0 | granule 1 | ... |
+                     | granule 0 | granule 1 | ... |
     """
 
     spec: TensorSpec
     stride: int
+    lines: int = 1
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from the start of one line to the next."""
+        return self.spec.nbytes // self.lines
 
     def span(self, rows: range, granule: int) -> tuple[int, int]:
-        """The byte range that spells `rows`, which start at a multiple of `granule`."""
+        """The byte range, in each line, that spells `rows`, which start at a multiple of `granule`."""
         if not self.stride:
             return 0, self.spec.nbytes
-        return rows.start // granule * self.stride, min(-(-rows.stop // granule) * self.stride, self.spec.nbytes)
+        return rows.start // granule * self.stride, min(-(-rows.stop // granule) * self.stride, self.pitch)
+
+    def size(self, rows: range, granule: int) -> int:
+        """Bytes that spell `rows`."""
+        start, stop = self.span(rows, granule)
+        return (stop - start) * self.lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import edgeport
 from converters import hf
 from edgeport import steps
-from edgeport.blocks import ranges
 from edgeport.codecs import bnb4, int8
 from edgeport.errors import AmbiguousFormat, CorruptCheckpoint, NonFiniteResult, PatchLost, UnknownName, UnsupportedArchitecture
 from edgeport.locate import open_model
 from edgeport.seams import Codec
 from edgeport.tensor import Weight
 from tests.conftest import TinyLlama
+from tests.streams import Live, blocks_of, normal, streamed
 from tests.test_lora_against_peft import LINEAR, save_patch
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -71,34 +70,6 @@ def same_but_for_padding(found: Mapping[str, torch.Tensor], expected: Mapping[st
         else:
             assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
             assert torch.equal(tensor, other), name
-
-
-def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
-
-
-def streamed(codec: Codec, weight: Weight, matrix: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
-    """Every part as the run makes it: a block of rows at a time, tables once, the rest when all is seen."""
-    parts = {role: torch.full((part.spec.nbytes,), 7, dtype=torch.uint8) for role, part in weight.parts.items()}
-    later: dict[str, list[torch.Tensor]] = {}
-    for some in ranges(weight, rows, min(weight.granule, weight.rows)):
-        for role, data in codec.encode(weight, matrix[some.start : some.stop], None).items():
-            assert data.dtype == torch.uint8
-            if role in parts:
-                start, stop = weight.parts[role].span(some, weight.granule)
-                parts[role][start:stop] = data
-            else:
-                later.setdefault(role, []).append(data)
-    if later:
-        assert isinstance(codec, bnb4.Bnb4)
-        parts |= codec.finish(weight, {role: torch.cat(data) for role, data in later.items()})
-    return parts
-
-
-def blocks_of(weight: Weight, parts: Mapping[str, torch.Tensor], rows: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Stored bytes of some rows at a time, as they are read from a file."""
-    for some in ranges(weight, rows, min(weight.granule, weight.rows)):
-        yield {role: parts[role][slice(*part.span(some, weight.granule))] for role, part in weight.parts.items()}
 
 
 def dequantized(codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int, shape: Any) -> torch.Tensor:
@@ -260,28 +231,6 @@ def test_grid_values_are_the_decoded_ones(codec: Any, weight: Weight) -> None:
     assert all(torch.equal(moved[role], parts[role]) for role in parts if role != "codes")
     low, high, fraction = grid.bracket(decoded)
     assert torch.equal(grid.values(low), decoded) and torch.equal(low, high) and not fraction.any()
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made in its block have taken at once."""
-
-    def __init__(self, *inputs: torch.Tensor) -> None:
-        super().__init__()
-        self.inputs = {tensor.untyped_storage()._cdata for tensor in inputs}
-        self.sizes: dict[int, tuple[Any, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.multiprocessing.reductions import StorageWeakRef
-
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.inputs:
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.sizes = {key: (ref, size) for key, (ref, size) in self.sizes.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.sizes.values()))
-        return result
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])

@@ -1,0 +1,117 @@
+"""What --quant makes of a transformers folder's linear layers, and the quantization_config that tells transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgeport.codecs import awq, bnb4, gptq, int8
+from edgeport.codecs.plain import TYPES
+from edgeport.errors import UnsupportedArchitecture
+from edgeport.registry import codec
+from edgeport.tensor import EMBEDDING, HEAD, Weight
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+METHODS = ("bitsandbytes", gptq.METHOD, awq.METHOD)
+"""The values of quant_method whose tensors a codec claims."""
+LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
+GROUPS = (128, 64, 32)
+"""Columns that share a scale, in the order of preference."""
+WHOLE = -1
+"""The group_size of one group a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quant:
+    """A number format for the linear layers, as the packages of that format lay it out by default."""
+
+    format: str
+    lay_out: Callable[[Weight], Weight]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a format's defaults may depend on: the type that the model computes in, and the columns of its layers."""
+
+    dtype: str
+    columns: Collection[int]
+
+    @property
+    def group(self) -> int:
+        """The largest usual group that every layer divides into. A model has one group_size."""
+        return next((group for group in GROUPS if all(count % group == 0 for count in self.columns)), WHOLE)
+
+
+def of_bitsandbytes(format: str) -> Callable[[Model], Quant]:
+    def make(model: Model) -> Quant:
+        def lay_out(weight: Weight) -> Weight:
+            if format == int8.FORMAT:
+                return codec("int8").layout(weight.name, weight.shape, format)
+            return bnb4.lay_out(weight.name, weight.shape, bnb4.new_state(format, model.dtype))
+
+        return Quant(format, lay_out, bitsandbytes_config(format, model.dtype))
+
+    return make
+
+
+def bitsandbytes_config(format: str, dtype: str) -> dict[str, Any]:
+    """What transformers writes into config.json (`BitsAndBytesConfig.to_dict`)."""
+    four, (kind, nested) = format in bnb4.FORMATS, bnb4.FORMATS.get(format, ("fp4", False))
+    return {
+        "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_compute_dtype": dtype if four else "float32",
+        "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested,
+        "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0, "load_in_4bit": four, "load_in_8bit": not four, "quant_method": "bitsandbytes",
+    }  # fmt: skip
+
+
+def of_gptq(bits: int) -> Callable[[Model], Quant]:
+    def make(model: Model) -> Quant:
+        def lay_out(weight: Weight) -> Weight:
+            group = weight.columns if model.group == WHOLE else model.group
+            return gptq.lay_out(weight.name.removesuffix(".weight"), weight.shape, gptq.Packing(bits, group))
+
+        return Quant(f"GPTQ_{bits}", lay_out, gptq.quantization_config(gptq.Packing(bits, model.group)))
+
+    return make
+
+
+def of_awq(model: Model) -> Quant:
+    def lay_out(weight: Weight) -> Weight:
+        group = weight.columns if model.group == WHOLE else model.group
+        return awq.lay_out(weight.name.removesuffix(".weight"), weight.shape, awq.Grouping(group))
+
+    return Quant(awq.FORMAT, lay_out, awq.quantization_config(awq.Grouping(model.group)))
+
+
+QUANTS: Mapping[str, Callable[[Model], Quant]] = {
+    "nf4": of_bitsandbytes("NF4"), "nf4-dq": of_bitsandbytes("NF4_DQ"),
+    "fp4": of_bitsandbytes("FP4"), "fp4-dq": of_bitsandbytes("FP4_DQ"), "int8": of_bitsandbytes(int8.FORMAT),
+    **{f"gptq-{bits}": of_gptq(bits) for bits in gptq.BITS}, "awq-4": of_awq,
+}  # fmt: skip
+"""By the name that --quant has. dq: double quantization, whose scales are quantized too."""
+
+
+def choose(name: str, weights: Collection[Weight], dtype: str) -> Quant | None:
+    """The quantization of that name for a model with these weights; None where its linear layers are in it already."""
+    linear = [weight for weight in weights if is_linear(weight)]
+    quant = QUANTS[name](Model(dtype, {weight.columns for weight in linear}))
+    return None if linear and all(weight.format == quant.format for weight in linear) else quant
+
+
+def is_linear(weight: Weight) -> bool:
+    """Whether transformers quantizes it: the linear layers of the decoder, and not the head. Raises UnsupportedArchitecture.
+
+    Source: transformers `quantizers.base.get_keys_to_not_convert`, `integrations.bitsandbytes.replace_with_bnb_linear`.
+    """
+    if weight.name in (EMBEDDING, HEAD) or len(weight.shape) < 2 or weight.format in set(TYPES) - set(FLOATS):
+        return False
+    if len(weight.shape) == 2 and LINEAR.fullmatch(weight.name):
+        return True
+    raise UnsupportedArchitecture(
+        f"{weight.name} {list(weight.shape)} may or may not be a layer that transformers quantizes; edgeport knows that of "
+        "decoders with dense layers (model.layers.N....) alone; use --quant bf16, or --to gguf"
+    )

@@ -1,0 +1,26 @@
+"""To the nearest code of the grid as it stands, for formats whose scales cannot be made anew block by block.
+
+A change smaller than half a step is lost.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeport.rounding import NEAREST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeport.grid import Grid
+
+
+class Nearest:
+    name = NEAREST
+
+    def codes(self, grid: Grid, target: Tensor, weight: str, first: int) -> Tensor:
+        low, _, fraction = grid.bracket(target)
+        return low.add_(fraction > 0.5)
+
+
+rounding = Nearest()
