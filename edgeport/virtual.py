@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.blocks import decode_rows
 from edgeport.registry import codec
-from edgeport.seams import Applied, Edit, Patch, Source
+from edgeport.seams import Applied, Edit, Lined, Patch, Source
 from edgeport.tensor import TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Patched:
         part, granule = self.weights[name].parts["data"], self.weights[name].granule
         rows = range(start // part.stride * granule, min(-(-stop // part.stride) * granule, self.weights[name].rows))
         return bytearray(self.rows(name, rows).numpy().tobytes())
+
+    def read_lines(self, spec: TensorSpec, start: int, stop: int, lines: int) -> bytearray:
+        """Of a weight without edits: the others have no lines."""
+        return cast(Lined, self.source).read_lines(spec, start, stop, lines)
 
     def rows(self, name: str, rows: range) -> Tensor:
         """float32 [len(rows), columns], edited; whole granules of the stored weight."""
