@@ -15,16 +15,14 @@ usual figure for quantized models (llama.cpp's perplexity --kl-divergence; Dutta
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.errors import CorruptCheckpoint, EdgeportError, MissingExtra, NonFiniteResult
+from edgeport.aside import Watch, serve
 from edgeport.locate import open_model, open_patch_at
 from edgeport.memory import peak_bytes
 from edgeport.planning import adapted_config, collect_edits, final_shape, with_ties
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 HALF = 0.5
 ERRORS = 2.0
 """Standard errors that the kept share has to lie beyond a half to count."""
-Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +137,9 @@ def share(parts: Tensor, whole: Tensor) -> tuple[float, float] | tuple[None, Non
     return ratio, sqrt(spread) / total
 
 
-def main() -> None:
-    """Read a job from stdin; print lines of progress, and at the end one JSON object."""
-
-    def watch(text: str) -> None:
-        print(text, flush=True)  # noqa: T201
-
-    job = json.load(sys.stdin)
-    try:
-        effect = probe(Job(**job | {"patches": tuple(map(tuple, job["patches"]))}), watch)
-        answer: dict[str, Any] = {"effect": asdict(effect)}
-    except (CorruptCheckpoint, NonFiniteResult) as error:
-        answer = {"damaged": str(error), "kind": type(error).__name__}
-    except (EdgeportError, MissingExtra) as error:
-        answer = {"unable": str(error)}
-    print(json.dumps(answer), flush=True)  # noqa: T201
+def main(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    return {"effect": asdict(probe(Job(**job | {"patches": tuple(map(tuple, job["patches"]))}), watch))}
 
 
 if __name__ == "__main__":
-    main()
+    serve(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeport.adapter import Adapter, plan_sidecar, surveyed
+from edgeport.calibration import Calibrating, calibrating, rule_for
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -23,9 +24,9 @@ from edgeport.errors import (
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.probing import Probing, decide
 from edgeport.registry import codec, lookup, miss, roundings
-from edgeport.rounding import AUTO, NEAREST
+from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
 from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
-from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut, stored_alike
+from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 MANIFEST = "edgeport.json"
@@ -70,6 +71,8 @@ class Plan:
     peak_vram_bytes: int
     notes: tuple[str, ...]
     probing: Probing
+    calibrating: Calibrating
+    rule: Rule
     adapter: Adapter | None = None
 
     @property
@@ -82,7 +85,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.bytes_out + DISK_SLACK_BYTES
+        return self.bytes_out + self.calibrating.disk_bytes + DISK_SLACK_BYTES
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -161,15 +164,17 @@ def make_plan(
     adapter = plan_sidecar(sink, beside) if method.sidecar else None
     files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
-    check_disk(target.output, sum(file.size for file in files) + DISK_SLACK_BYTES)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
-    steps = tuple(cut(origin, stored, todo, allowed, method.rounding, method.seed) for (_, origin, todo), stored in pairs)
+    rule, hindrance = rule_for(method.rounding, method.seed, source, limits, method.calibration)
+    steps = tuple(cut(origin, stored, todo, allowed, rule) for (_, origin, todo), stored in pairs)
     check_writable(steps)
     if method.keep_format:
         check_kept(steps)
     adapter = adapter and surveyed(adapter, beside, {weight.name: weight for weight in placed}, allowed)
+    listening = calibrating(steps, rule)
+    check_disk(target.output, sum(file.size for file in files) + listening.disk_bytes + DISK_SLACK_BYTES)
     probing = decide(source, patches, steps, converter, limits, method.probe, method.calibration, config)
     peak = max([step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []), default=0)
     vram = max((step.vram_bytes for step in steps), default=0)
@@ -177,8 +182,15 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *sink.notes), probing=probing, adapter=adapter,
+        notes=(*notes_on(work), *sink.notes, *notes_on_rounding(steps, hindrance)),
+        probing=probing, calibrating=listening, rule=rule, adapter=adapter,
     )  # fmt: skip
+
+
+def notes_on_rounding(steps: Sequence[Step], hindrance: str | None) -> list[str]:
+    """Why a patch on a grid is rounded at random alone."""
+    by_chance = any(step.rounding == UNCALIBRATED and is_linear(step.target) for step in steps)
+    return [f"no text is run through the model to guide the rounding: {hindrance}"] if hindrance and by_chance else []
 
 
 Work = tuple[str, Weight, tuple[Edit, ...]]

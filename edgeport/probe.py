@@ -73,8 +73,12 @@ def probe_tokens(source: Source, count: int = 256, text: str | None = None) -> T
             f"{source.path.name} has no tokenizer.json to read the probe text with; "
             "save one beside the model with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    text = (files("edgeport") / "data" / "probe.txt").read_text(encoding="utf-8") if text is None else text
-    return torch.tensor([tokenizer.encode(text).ids[:count]], dtype=torch.int64)
+    return torch.tensor([tokenizer.encode(packaged_text() if text is None else text).ids[:count]], dtype=torch.int64)
+
+
+def packaged_text() -> str:
+    """A few pages of prose, talk, code, tables and formulas that no task is about."""
+    return (files("edgeport") / "data" / "probe.txt").read_text(encoding="utf-8")
 
 
 def open_tokenizer(source: Source) -> Tokenizer | None:

@@ -6,22 +6,19 @@ that goes away, unless transformers is loaded already; the files are written by 
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from edgeport.aside import ask, here
 from edgeport.errors import (
     BudgetTooSmall,
     CorruptCheckpoint,
     EdgeportError,
     MissingExtra,
-    NonFiniteResult,
     NotACheckpoint,
     VerificationFailed,
 )
@@ -29,7 +26,8 @@ from edgeport.memory import IMPORT_BYTES, MIB, in_words
 from edgeport.seams import Converter, Patch, Source
 
 if TYPE_CHECKING:
-    from edgeport.effect import Effect, Watch
+    from edgeport.aside import Watch
+    from edgeport.effect import Effect
     from edgeport.planning import Plan
     from edgeport.steps import Limits, Step
 
@@ -162,8 +160,8 @@ def carry_out(probing: Probing, job: Job, watch: Watch) -> Effect | str:
 
     Raises NonFiniteResult, CorruptCheckpoint for a damaged output, VerificationFailed for a probe that was insisted on.
     """
-    here = "transformers" in sys.modules and not probing.apart
-    answer = in_this_process(job, watch) if here else beside(job, watch)
+    loaded = "transformers" in sys.modules and not probing.apart
+    answer = in_this_process(job, watch) if loaded else beside(job, watch)
     if isinstance(answer, str) and probing.asked:
         raise VerificationFailed(f"the probe could not be run ({answer}); leave off --probe to write the output without it")
     return answer
@@ -172,36 +170,13 @@ def carry_out(probing: Probing, job: Job, watch: Watch) -> Effect | str:
 def in_this_process(job: Job, watch: Watch) -> Effect | str:
     from edgeport.effect import probe
 
-    try:
-        return probe(job, watch)
-    except (CorruptCheckpoint, NonFiniteResult):
-        raise
-    except (EdgeportError, MissingExtra) as error:
-        return str(error)
+    answer: Effect | str = here(lambda: probe(job, watch))
+    return answer
 
 
 def beside(job: Job, watch: Watch) -> Effect | str:
-    """By `python -m edgeport.effect`, whose last line is the answer."""
+    """By a process of its own."""
     from edgeport.effect import Effect
 
-    command = [sys.executable, "-m", "edgeport.effect"]
-    with (
-        TemporaryFile("w+") as complaints,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,
-    ):
-        assert child.stdin and child.stdout
-        child.stdin.write(json.dumps(asdict(job)))
-        child.stdin.close()
-        last = ""
-        for last in child.stdout:
-            if not last.startswith("{"):
-                watch(last.strip())
-        child.wait()
-        complaints.seek(0)
-        complaint = complaints.read().strip().splitlines()
-    if child.returncode:
-        return f"its process ended with {child.returncode}: {complaint[-1] if complaint else 'no message'}"
-    answer = json.loads(last)
-    if "damaged" in answer:
-        raise {"NonFiniteResult": NonFiniteResult}.get(answer["kind"], CorruptCheckpoint)(answer["damaged"])
-    return Effect(**answer["effect"]) if "effect" in answer else str(answer["unable"])
+    answer = ask("edgeport.effect", asdict(job), watch)
+    return answer if isinstance(answer, str) else Effect(**answer["effect"])

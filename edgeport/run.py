@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.beside import write_adapter
 from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ranges, read_parts
+from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
 from edgeport.grid import Gridded
@@ -22,7 +23,7 @@ from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, retu
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
-from edgeport.rounding import AUTO, NEAREST, ON_GRID, on_grid
+from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, on_grid
 from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
 from edgeport.steps import COPY_BYTES, Step, stored_alike
@@ -56,14 +57,27 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
 
     return_freed_blocks()
     began = time.perf_counter()
-    with torch.no_grad(), metered() as meter, ThreadPoolExecutor(1) as hasher:
+    with torch.no_grad(), Activations(plan, lambda text: progress(text, 0)) as activations:
+        steps = tuple(settled(step, plan) for step in plan.steps)
+        activations.collect(steps)
+        return stream(plan, steps, activations, began, progress=progress, force=force, command=command)
+
+
+def stream(
+    plan: Plan, steps: Sequence[Step], activations: Activations, began: float, *, progress: Progress, force: bool,
+    command: Sequence[str],
+) -> Receipt:  # fmt: skip
+    """The loop itself: what the memory bound is about."""
+    with metered() as meter, ThreadPoolExecutor(1) as hasher:
         inputs = hasher.submit(describe_inputs, plan)
         with staged(plan.target.output, plan.files, plan.sink.folder) as staging, lane_for(plan) as lane:
             facts = []
-            for step in plan.steps:
+            for step in steps:
                 with about(step.target.name):
-                    fact = copy(plan, step, staging, progress) if step.copied else edit(plan, step, staging, lane, progress)
-                    facts.append(fact)
+                    if step.copied:
+                        facts.append(copy(plan, step, staging, progress))
+                    else:
+                        facts.append(edit(plan, step, staging, lane, activations, progress))
                 trim_heap()
                 check_budget(plan)
             lane.finish()
@@ -72,7 +86,7 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
-            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), force)
+            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), force, activations)
             if not force:
                 refuse_erased(receipt)
             receipt = probed(plan, receipt, staging.folder, progress)
@@ -106,11 +120,15 @@ def copy(plan: Plan, step: Step, staging: Staging, progress: Progress) -> Weight
     return WeightFact(step.target.name, "copy", step.target.shape, step.origin.format, step.target.format)
 
 
-def edit(plan: Plan, step: Step, staging: Staging, lane: Lane, progress: Progress) -> WeightFact:
+def edit(
+    plan: Plan, step: Step, staging: Staging, lane: Lane, activations: Activations, progress: Progress
+) -> WeightFact:
     """Decode, apply every edit, encode and write, `step.rows` rows at a time."""
     for part in step.target.parts.values():
         staging.expect(part.spec.name, part.spec.nbytes)
-    step = settled(step, plan.source)
+    inputs = activations.of(step, lane.device)
+    if inputs is None and sees_inputs(step):
+        step = replace(step, rounding=UNCALIBRATED)
     applied = [edit.load(lane.device) for edit in step.edits]
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
@@ -121,7 +139,7 @@ def edit(plan: Plan, step: Step, staging: Staging, lane: Lane, progress: Progres
         return read_parts(plan.source, step.origin, known(step, rows))
 
     for rows, parts in lane.blocks(ranges(step.target, step.rows, step.granule), read):
-        stored = compute(step, rows, parts, applied, importance, survival)
+        stored = compute(step, rows, parts, applied, importance, inputs, survival)
         for role in stored.keys() - step.target.parts.keys():
             later.setdefault(role, []).append(stored[role].cpu())
         stored = {role: data for role, data in stored.items() if role in step.target.parts}
@@ -160,7 +178,8 @@ def finish(target: Weight, later: dict[str, list[Tensor]], staging: Staging, lan
 
 
 def compute(
-    step: Step, rows: range, parts: dict[str, Tensor], applied: Sequence[Applied], importance: Tensor | None, survival: Survival
+    step: Step, rows: range, parts: dict[str, Tensor], applied: Sequence[Applied], importance: Tensor | None,
+    inputs: Tensor | None, survival: Survival,
 ) -> Mapping[str, Tensor]:
     """The stored bytes of the edited rows, by part. All device memory that a block takes is taken here.
 
@@ -178,22 +197,25 @@ def compute(
     if not step.keeps_grid:
         stored = encode_rows(step.target, exact, importance)
     else:
-        stored = round_on_grid(step, rows, grid_parts or encode_rows(step.target, base, importance), exact)
+        stored = round_on_grid(step, rows, grid_parts or encode_rows(step.target, base, importance), exact, inputs)
     if applied:
         survival.add(base, exact, decode_parts(step.target, stored).to(exact.device))
     return stored
 
 
-def round_on_grid(step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor) -> Mapping[str, Tensor]:
+def round_on_grid(
+    step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor, inputs: Tensor | None
+) -> Mapping[str, Tensor]:
     """The edited rows on the grid that `parts` spell: scales stay, and the step's rule chooses the codes."""
     owner = cast(Gridded, codec(step.target.codec))
     codes = on_grid(
-        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.draws, rows.start
+        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.draws, rows.start,
+        inputs,
     )
     return owner.with_codes(step.target, parts, codes)
 
 
-def settled(step: Step, source: Source) -> Step:
+def settled(step: Step, plan: Plan) -> Step:
     """The step with its rule decided: do plain numbers lie on, or near, the grid that encoding finds for them?
 
     They do where they were quantized before, and a small drift since then leaves them near it. The first rows tell:
@@ -201,6 +223,13 @@ def settled(step: Step, source: Source) -> Step:
     """
     if step.rounding != AUTO:
         return step
+    with about(step.target.name):
+        near = grid_distance(step, plan.source) < NEAR_GRID
+    return replace(step, rounding=plan.rule.on_grid(step.target) if near else NEAREST)
+
+
+def grid_distance(step: Step, source: Source) -> float:
+    """Of the base's first rows from the grid that encoding finds for them: in steps, on average."""
     from torch import minimum
 
     owner = cast(Gridded, codec(step.target.codec))
@@ -208,8 +237,7 @@ def settled(step: Step, source: Source) -> Step:
     base = decode_rows(source, step.origin, rows)
     grid = owner.grid(step.target, encode_rows(step.target, base))
     _, _, fraction = grid.bracket(arrange(base, step.target))
-    distance = float(minimum(fraction, 1 - fraction).mean())
-    return replace(step, rounding=ON_GRID if distance < NEAR_GRID else NEAREST)
+    return float(minimum(fraction, 1 - fraction).mean())
 
 
 def padded(step: Step, rows: range, base: Tensor) -> Tensor:
@@ -250,14 +278,17 @@ def describe_inputs(plan: Plan) -> dict[str, Any]:
 
 
 def make_receipt(
-    plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, force: bool
+    plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, force: bool,
+    activations: Activations,
 ) -> Receipt:
+    unable = f"no text was run through the model to guide the rounding: {activations.unable}"
+    notes = (*plan.notes, unable) if activations.unable else plan.notes
     coverage: Mapping[str, int] = {"tensors": plan.patch_tensors, "consumed": plan.patch_tensors}
     return Receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
-        method=plan.method.to_json(), gate=FORCED if force else GATE, notes=plan.notes,
+        method=plan.method.to_json(), gate=FORCED if force else GATE, notes=notes,
         adapter=plan.adapter.to_json() if plan.adapter else None,
     )  # fmt: skip
 

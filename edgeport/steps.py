@@ -9,11 +9,10 @@ from typing import cast
 from edgeport.errors import BudgetTooSmall, about
 from edgeport.grid import Gridded
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
-from edgeport.registry import codec
-from edgeport.rounding import AUTO, NEAREST, ON_GRID, PIECES
-from edgeport.rounding import SCRATCH as ROUNDING_SCRATCH
+from edgeport.registry import codec, roundings
+from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
 from edgeport.seams import Edit, Finishing
-from edgeport.tensor import Weight
+from edgeport.tensor import EMBEDDING, Weight
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements a block has when memory does not ask for fewer: large enough to keep the cores busy, small enough for caches."""
@@ -116,7 +115,33 @@ def common_granule(origin: Weight, target: Weight) -> int:
     return min(lcm(origin.row_granule, target.row_granule), target.rows) or 1
 
 
-def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], wanted: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The rounding that the user wants, and what there is for it."""
+
+    wanted: str = AUTO
+    automatic: str = UNCALIBRATED
+    """What auto takes on a grid."""
+    tokens: int = 0
+    """Of the text that calibrated rules see."""
+    seed: int = 0
+
+    def on_grid(self, weight: Weight) -> str:
+        """What auto takes for one weight on a grid."""
+        return fitting(self.automatic, weight)
+
+
+def fitting(rule: str, weight: Weight) -> str:
+    """The rule, or the one that takes its place where there are no inputs to see."""
+    return UNCALIBRATED if roundings()[rule].calibrated and not is_linear(weight) else rule
+
+
+def is_linear(weight: Weight) -> bool:
+    """Whether the weight is multiplied by what its layer is given, and not a table or a vector."""
+    return len(weight.shape) == 2 and weight.name != EMBEDDING
+
+
+def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: Rule) -> str:
     """The rule for one weight. Nearest where the format has no grid, and where nothing pulls the values off it.
 
     `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; weights of plain
@@ -125,21 +150,31 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], wanted:
     owner = codec(target.codec)
     if not edits or not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
         return NEAREST
-    if wanted != AUTO:
-        return wanted
-    return ON_GRID if stored_alike(origin, target) else AUTO if origin.codec == "plain" else NEAREST
+    if rule.wanted != AUTO:
+        return fitting(rule.wanted, target)
+    return rule.on_grid(target) if stored_alike(origin, target) else AUTO if origin.codec == "plain" else NEAREST
 
 
-def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, wanted: str = NEAREST, seed: int = 0) -> Step:
+ROUND_TO_NEAREST = Rule(NEAREST)
+
+
+def cut(
+    origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowed, rule: Rule = ROUND_TO_NEAREST
+) -> Step:
     """Choose the rows of a block so that it fits what is allowed. Raises BudgetTooSmall."""
     if not edits and stored_alike(origin, target):
         piece = COPY_BYTES if allowed.ram is None else min(COPY_BYTES, allowed.ram)
         return Step(origin, target, edits, target.rows, min(piece, target.nbytes))
     # every edit's factors are loaded before the first block
-    held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target)
+    chosen = rounding_of(origin, target, edits, rule)
+    possible = rule.on_grid(target) if chosen == AUTO else chosen
+    held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target) + input_bytes(target, possible, rule.tokens)
     granule = common_granule(origin, target)
     least = min(-(-LEAST_ROWS // granule) * granule, target.rows) if edits else granule
-    each_host, each_device = host_bytes(origin, target, edits, allowed.cuda), device_bytes(origin, target, edits)
+    rounding = rounding_bytes(origin, target, possible, rule.tokens)
+    each_host, each_device = (
+        each(origin, target, edits, rounding) for each in (host_bytes if allowed.cuda else compute_bytes, device_bytes)
+    )
     rows = max(BLOCK_ELEMENTS // max(target.columns, 1) // granule * granule, least)
     rows = min(rows, -(-target.rows // granule) * granule)
     bounds: list[tuple[int | None, float, str]] = [(allowed.ram, each_host, "--max-ram")]
@@ -158,8 +193,7 @@ def cut(origin: Weight, target: Weight, edits: tuple[Edit, ...], allowed: Allowe
         rows = min(rows, fitting)
     elements = rows * target.columns
     vram = held + int(elements * each_device) if allowed.cuda else 0
-    rule = rounding_of(origin, target, edits, wanted)
-    return Step(origin, target, edits, rows, held + int(elements * each_host), vram, rule, seed)
+    return Step(origin, target, edits, rows, held + int(elements * each_host), vram, chosen, rule.seed)
 
 
 def finishing_bytes(target: Weight) -> int:
@@ -168,7 +202,21 @@ def finishing_bytes(target: Weight) -> int:
     return owner.held_bytes(target) if isinstance(owner, Finishing) else 0
 
 
-def compute_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...]) -> float:
+def input_bytes(target: Weight, rounding: str, tokens: int) -> int:
+    """The layer's inputs, in bfloat16, where the rule sees them; on the CPU also as they are read."""
+    return 4 * tokens * target.columns if rounding != NEAREST and roundings()[rounding].calibrated else 0
+
+
+def rounding_bytes(origin: Weight, target: Weight, rounding: str, tokens: int) -> float:
+    """Bytes an element while codes are chosen on a grid, beside both matrices: the bytes in, the grid, codes in and out."""
+    if rounding == NEAREST:
+        return 0.0
+    chosen = roundings()[rounding]
+    scratch = cast(Gridded, codec(target.codec)).grid_scratch + chosen.scratch(target.columns, tokens) / chosen.pieces
+    return (origin.nbytes + target.nbytes) / max(target.elements, 1) + GRID_BYTES + scratch
+
+
+def compute_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...], rounding: float = 0.0) -> float:
     """Bytes an element while a block is computed: the greatest of what its four stages hold at once.
 
         stage     stored in   base    result   stored out   temporaries
@@ -190,26 +238,20 @@ def compute_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...]) -> fl
     if edits:
         stages.append(FLOAT_BYTES * min(len(edits), 2) + EDIT_BYTES)
         stages.append(matrices + stored_out + FLOAT_BYTES + max(encode, turned_out, SURVIVAL_BYTES))
-    if rounding_of(origin, target, edits, AUTO) != NEAREST:
-        # beside both matrices: the bytes in, the grid, the codes in and out, the rule's own
-        scratch = cast(Gridded, codec(target.codec)).grid_scratch + ROUNDING_SCRATCH / PIECES
-        stages.append(matrices + stored_in + stored_out + turned_out + GRID_BYTES + scratch)
+    if rounding:
+        stages.append(matrices + turned_out + rounding)
     return max(stages)
 
 
-def device_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...]) -> float:
+def device_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...], rounding: float = 0.0) -> float:
     """Bytes an element on a CUDA device: the block that is computed, the next one's upload, the last one's download."""
-    return compute_bytes(origin, target, edits) + (origin.nbytes + target.nbytes) / max(target.elements, 1)
+    return compute_bytes(origin, target, edits, rounding) + (origin.nbytes + target.nbytes) / max(target.elements, 1)
 
 
-def host_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...], cuda: bool) -> float:
-    """Bytes an element in the process's memory.
-
-    With a device: what was read and its pinned copy, the pinned result, which torch rounds up to a power of two each;
-    and a float32 matrix either way for a codec that works on the CPU alone.
+def host_bytes(origin: Weight, target: Weight, edits: tuple[Edit, ...], rounding: float = 0.0) -> float:
+    """Bytes an element in the process's memory beside a device: what was read and its pinned copy, the pinned result,
+    which torch rounds up to a power of two each; and a float32 matrix either way for a codec that works on the CPU alone.
     """
-    if not cuda:
-        return compute_bytes(origin, target, edits)
     stored_in, stored_out = (weight.nbytes / max(weight.elements, 1) for weight in (origin, target))
     scratch = codec(origin.codec).scratch + codec(target.codec).scratch
     return 3 * stored_in + 3 * stored_out + 2 * FLOAT_BYTES + scratch

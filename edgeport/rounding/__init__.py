@@ -16,32 +16,38 @@ if TYPE_CHECKING:
 
 class Rounding(Protocol):
     name: str
+    calibrated: bool
+    """Whether it has to see what the layer is given on a text."""
+    pieces: int
+    """Into how many pieces a block of rows is cut, so that temporaries stay small."""
 
-    def codes(self, grid: Grid, target: Tensor, weight: str, first: int) -> Tensor:
+    def scratch(self, columns: int, tokens: int) -> float:
+        """Temporary bytes an element of a piece, for inputs of so many tokens."""
+        ...
+
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None) -> Tensor:
         """uint8 [rows, columns]: a code of the grid for every value of float32 `target` [rows, columns].
 
-        The rows are those of `weight` from `first` on, and the result for a row does not depend on its neighbours:
-        the same port gives the same bytes however its blocks are cut. It is given an eighth of a block at a time, and
-        may take `SCRATCH` bytes an element of that.
+        The rows are a weight's from `first` on, and the result for a row does not depend on its neighbours: the same
+        port gives the same bytes however its blocks are cut. `draws` seeds what is random. `inputs`: bfloat16 [tokens,
+        columns] on the target's device, where the rule is calibrated.
         """
         ...
 
 
 NEAREST = "nearest"
 AUTO = "auto"
-ON_GRID = "stochastic"
-"""What auto takes on a grid."""
-SCRATCH = 32.0
-PIECES = 8
+ON_GRID, UNCALIBRATED = "patch-aware", "stochastic"
+"""What auto takes on a grid: the first where a text can be run through the model."""
 
 
-def on_grid(rule: Rounding, grid: Grid, target: Tensor, weight: str, first: int) -> Tensor:
-    """uint8 [rows, columns]: the rule's codes, found a few rows at a time, so that its temporaries stay small."""
+def on_grid(rule: Rounding, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
+    """uint8 [rows, columns]: the rule's codes, found a piece of the rows at a time."""
     import torch
 
     codes = torch.empty_like(grid.codes)
-    size = -(-len(codes) // PIECES) or 1
+    size = -(-len(codes) // rule.pieces) or 1
     for start in range(0, len(codes), size):
         some = slice(start, min(start + size, len(codes)))
-        codes[some] = rule.codes(grid.of_rows(some), target[some], weight, first + start)
+        codes[some] = rule.codes(grid.of_rows(some), target[some], draws, first + start, inputs)
     return codes

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 class Nearest:
     name = NEAREST
+    calibrated = False
+    pieces = 8
 
-    def codes(self, grid: Grid, target: Tensor, weight: str, first: int) -> Tensor:
+    def scratch(self, columns: int, tokens: int) -> float:
+        return 8.0
+
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
         low, _, fraction = grid.bracket(target)
         return low.add_(fraction > 0.5)
 

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 class Stochastic:
     name = "stochastic"
+    calibrated = False
+    pieces = 8
 
-    def codes(self, grid: Grid, target: Tensor, weight: str, first: int) -> Tensor:
+    def scratch(self, columns: int, tokens: int) -> float:
+        return 32.0
+
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
         low, _, fraction = grid.bracket(target)
         rows, columns = target.shape
-        draws = uniform(weight, first, rows, columns, target.device)
-        return low.add_(draws < fraction)
+        return low.add_(uniform(draws, first, rows, columns, target.device) < fraction)
 
 
 rounding = Stochastic()

@@ -1,0 +1,165 @@
+"""Whether a port's rounding sees what the layers are given on a text, and how it gets at that (see `activations`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from math import sqrt
+from pathlib import Path
+from tempfile import mkstemp
+from typing import TYPE_CHECKING, Any
+
+from edgeport.aside import ask, here
+from edgeport.errors import BudgetTooSmall, EdgeportError, MissingExtra, NotACheckpoint, VerificationFailed
+from edgeport.memory import IMPORT_BYTES, in_words
+from edgeport.probing import Job, check_text, predicted_bytes
+from edgeport.registry import roundings
+from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED
+from edgeport.rounding.patch_aware import mean_square
+from edgeport.seams import LowRankEdit, Source
+from edgeport.steps import Limits, Rule, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeport.aside import Watch
+    from edgeport.planning import Plan
+
+TOKENS = 1024
+BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrating:
+    """What a plan says of it."""
+
+    weights: int = 0
+    """Whose layers are listened to: those that the rounding will, or may, ask about."""
+    disk_bytes: int = 0
+    """Of a file without a name beside the output while it is made."""
+
+
+def rule_for(wanted: str, seed: int, source: Source, limits: Limits, text: Path | None) -> tuple[Rule, str | None]:
+    """The rounding rule with what there is for it, and why `auto` does without a text where it must.
+
+    Raises NotACheckpoint, CorruptCheckpoint for an unfit text; MissingExtra, BudgetTooSmall, NotACheckpoint where a
+    calibrated rule is asked for and cannot be.
+    """
+    if text is not None:
+        check_text(text)
+    hindrance = hindered(source, limits)
+    if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
+        raise hindrance
+    return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, TOKENS, seed), str(hindrance) if hindrance else None
+
+
+def hindered(source: Source, limits: Limits) -> EdgeportError | MissingExtra | None:
+    """Why no text can be run through the model, as far as headers tell."""
+    absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)
+    if absent:
+        return MissingExtra(f"{absent} is not installed: pip install 'edgeport[hf]'")
+    if source.container == "hf" and not (source.path / "tokenizer.json").is_file():
+        return NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
+    need = predicted_bytes((), TOKENS, source.config)
+    if limits.ram is not None and IMPORT_BYTES + need > limits.ram:
+        return BudgetTooSmall(
+            f"running a text through the model takes {in_words(need)} in a process beside the port's {in_words(IMPORT_BYTES)}, "
+            f"and --max-ram is {in_words(limits.ram)}"
+        )
+    return None
+
+
+def calibrating(steps: Sequence[Step], rule: Rule) -> Calibrating:
+    """The weights that the chosen rules want inputs for."""
+
+    chosen = [replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps]
+    asked = [step for step in chosen if sees_inputs(step)]
+    size = sum(BFLOAT16_BYTES * TOKENS * step.target.columns for step in asked)
+    return Calibrating(len(asked), size)
+
+
+def sees_inputs(step: Step) -> bool:
+    """Whether the step's rule, once it is settled, wants its layer's inputs."""
+    return bool(step.edits) and step.rounding != NEAREST and roundings()[step.rounding].calibrated
+
+
+class Activations:
+    """The layers' inputs, kept on disk as long as the context lasts."""
+
+    def __init__(self, plan: Plan, watch: Watch) -> None:
+        self.plan, self.watch = plan, watch
+        self.handle: int | None = None
+        self.places: dict[str, Any] = {}
+        self.unable: str | None = None
+        """Why there are none, once that is known."""
+
+    def of(self, step: Step, device: str) -> Tensor | None:
+        """bfloat16 [tokens, columns] of what the step's layer is given and its patch reads; None where nothing is known."""
+        import torch
+
+        place = self.places.get(step.target.name)
+        if place is None or self.handle is None:
+            return None
+        offset, tokens = place
+        size = BFLOAT16_BYTES * tokens * step.target.columns
+        data = bytearray(os.pread(self.handle, size, offset))
+        return with_directions(torch.frombuffer(data, dtype=torch.bfloat16).view(tokens, -1), step).to(device)
+
+    def collect(self, steps: Sequence[Step]) -> None:
+        """Run the text, if any of the settled steps asks for it.
+
+        Raises VerificationFailed where the user insists on a calibrated rule, CorruptCheckpoint, NonFiniteResult.
+        """
+        plan = self.plan
+        weights = [step.target.name for step in steps if sees_inputs(step)]
+        if not weights:
+            return
+        self.handle, name = mkstemp(dir=plan.target.output.parent)
+        os.unlink(name)  # so that nothing is left of it whatever happens
+        job, handle = job_of(plan), self.handle
+        answer: Any
+        if "transformers" in sys.modules and plan.limits.ram is None:
+            from edgeport.activations import collect
+
+            answer = here(lambda: {"places": collect(job, weights, handle, self.watch)})
+        else:
+            answer = ask("edgeport.activations", {**asdict(job), "weights": weights, "handle": handle}, self.watch, (handle,))
+        if isinstance(answer, str):
+            self.unable = answer
+            if plan.method.rounding != AUTO:
+                raise VerificationFailed(f"--rounding {plan.method.rounding} cannot see what the layers are given ({answer}); "
+                                         f"use --rounding {UNCALIBRATED}")  # fmt: skip
+        else:
+            self.places = answer["places"]
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+
+
+def with_directions(inputs: Tensor, step: Step) -> Tensor:
+    """The inputs and, each as strong as an average one, the directions that the step's low-rank patches read.
+
+    A text that is not about the patch's task says little of them, and errors there are what the patch would feel first.
+    """
+    import torch
+
+    read = [edit.factors()[1] for edit in step.edits if isinstance(edit, LowRankEdit)]
+    strength = sqrt(mean_square(inputs) * len(inputs))
+    directions = [torch.linalg.qr(down.T).Q.T.mul(strength).to(inputs.dtype) for down in read]
+    return torch.cat([inputs, *directions])
+
+
+def job_of(plan: Plan) -> Job:
+    """The exact port, and the text to run through it."""
+    return Job(
+        base=str(plan.source.path), old=str(plan.old.path) if plan.old else None,
+        patches=tuple((str(patch.path), patch.scale) for patch in plan.patches), output="", adapter=None, tokens=TOKENS,
+        text=str(plan.method.calibration) if plan.method.calibration else None,
+    )  # fmt: skip

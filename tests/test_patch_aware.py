@@ -1,0 +1,166 @@
+"""Patch-aware rounding: the descent against plain arithmetic, the inputs against transformers', and what it is for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import edgeport
+from edgeport.activations import PROBED, collect
+from edgeport.aside import ask
+from edgeport.demo import ADAPTERS, packaged_model
+from edgeport.errors import NotACheckpoint
+from edgeport.locate import open_model
+from edgeport.probe import packaged_text, probe_tokens
+from edgeport.probing import Job
+from edgeport.registry import codec
+from edgeport.rounding import on_grid
+from edgeport.rounding.patch_aware import DAMPING, descend, rounding
+from edgeport.rounding.stochastic import rounding as stochastic
+from tests.conftest import TinyLlama
+from tests.test_adapter import save_patch
+
+
+def objective(error: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Of each row, in float64, as the module's docstring has it."""
+    error, inputs = error.double(), inputs.double()
+    return (error @ inputs.T).square().mean(1) + DAMPING * inputs.square().mean() * error.square().sum(1)
+
+
+def gridded(format: str, rows: int, columns: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A grid, a target near it, and correlated inputs [96, columns] in bfloat16."""
+    torch.manual_seed(3)
+    ggml = codec("ggml")
+    weight = ggml.layout("w", (rows, columns), format)
+    grid = ggml.grid(weight, ggml.encode(weight, torch.randn(rows, columns) * 0.02, None))  # type: ignore[attr-defined]
+    inputs = (torch.randn(96, 12) @ torch.randn(12, columns) + 0.3 * torch.randn(96, columns)).bfloat16()
+    return grid, grid.values() + 0.002 * torch.randn(rows, columns), inputs
+
+
+def test_the_descent_is_that_of_plain_arithmetic() -> None:
+    torch.manual_seed(0)
+    rows, columns = 5, 9
+    inputs = torch.randn(40, columns, dtype=torch.float64)
+    moments = inputs.T @ inputs / 40
+    span = torch.rand(columns, rows, dtype=torch.float64)
+    start = torch.rand(columns, rows) < 0.5
+    error = torch.where(start, span / 2, -span / 2)
+    up = start.clone()
+    moved = descend(up, span, moments @ error, moments)
+    for row in range(rows):
+        now, chosen = error[:, row].clone(), start[:, row].clone()
+        for column in range(columns):
+            other = now.clone()
+            other[column] += span[column, row] * (-1 if chosen[column] else 1)
+            if other @ moments @ other < now @ moments @ now:
+                now, chosen[column] = other, ~chosen[column]
+        assert torch.equal(up[:, row], chosen)
+        assert torch.allclose(error[:, row] + moved[:, row], now)
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL", "Q8_0"])
+def test_layer_outputs_come_nearer_than_by_chance(format: str) -> None:
+    grid, target, inputs = gridded(format, 48, 256)
+    low, high, _ = grid.bracket(target)
+    codes = on_grid(rounding, grid, target, "w", 0, inputs)
+    assert bool(((codes == low) | (codes == high)).all())
+    found, chance = (
+        objective(grid.values(chosen) - target, inputs.float()) for chosen in (codes, on_grid(stochastic, grid, target, "w", 0))
+    )
+    assert bool((found <= chance * (1 + 1e-5)).all()) and float(found.sum()) < 0.5 * float(chance.sum())
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    grid, target, inputs = gridded("Q4_0", 64, 160)
+    whole = on_grid(rounding, grid, target, "w", 0, inputs)
+    pieces = [rounding.codes(grid.of_rows(slice(first, first + 16)), target[first : first + 16], "w", first, inputs)
+              for first in range(0, 64, 16)]  # fmt: skip
+    assert torch.equal(whole, torch.cat(pieces))
+
+
+def test_inputs_are_those_of_the_exact_port(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.2)
+    exact = edgeport.port(patch=patch, new_base=base, output=tmp_path / "exact").output
+    job = Job(base=str(base), old=None, patches=((str(patch), 1.0),), output="", adapter=None, tokens=256, text=None)
+    names = [f"model.layers.1.{module}.weight" for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
+    names += ["lm_head.weight", "model.layers.7.mlp.up_proj.weight"]
+    with TemporaryFile() as file:
+        places = collect(job, names, file.fileno(), lambda text: None)
+        content = os.pread(file.fileno(), 1 << 24, 0)
+    with TemporaryFile() as file:
+        answer = ask("edgeport.activations", {**asdict(job), "weights": names, "handle": file.fileno()}, lambda text: None,
+                     (file.fileno(),))  # fmt: skip
+        assert isinstance(answer, dict) and {name: tuple(place) for name, place in answer["places"].items()} == places
+        assert len(os.pread(file.fileno(), 1 << 24, 0)) == len(content)
+    model = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32, attn_implementation="eager")
+    tokens = probe_tokens(open_model(base), PROBED + 256, packaged_text())[:, PROBED:].reshape(2, 128)
+    heard: dict[str, torch.Tensor] = {}
+    for name in names[:4]:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, inputs, name=name: heard.update({name: inputs[0].reshape(256, -1)}))  # fmt: skip
+    with torch.no_grad():
+        model(tokens)
+    for name in names[:4]:
+        offset, count = places[name]
+        expected = heard[name]
+        stored = torch.frombuffer(bytearray(content), dtype=torch.bfloat16, count=expected.numel(), offset=offset).view(256, -1)
+        assert count == 256 and torch.allclose(stored.float(), expected, rtol=0.01, atol=1e-4)
+    assert places[names[0]] == places[names[1]] and names[4] not in places
+
+
+def test_auto_takes_it_on_a_real_4_bit_base(tmp_path: Path) -> None:
+    found = {}
+    for rule in ("auto", "stochastic"):
+        receipt = edgeport.port(patch=ADAPTERS / "triage", new_base=packaged_model(), output=tmp_path / f"{rule}.gguf", to="gguf",
+                                rounding=rule, probe=True)  # fmt: skip
+        assert receipt.probe is not None and receipt.probe.kept is not None and receipt.probe.kept > 0.9
+        found[rule] = receipt
+    auto, chance = found["auto"], found["stochastic"]
+    assert {fact.rounding for fact in auto.facts if fact.action == "patch"} == {"patch-aware"}
+    assert auto.probe.kl < 0.7 * chance.probe.kl  # type: ignore[union-attr]
+    assert auto.peak_above_import_bytes < auto.predicted_peak_bytes
+    assert (tmp_path / "auto.gguf").stat().st_size == packaged_model().stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{rule}.gguf{ending}" for rule in found for ending in ("", ".edgeport.json")
+    )
+
+
+def quantized_pair(tiny_llama: TinyLlama, folder: Path, **patch: Any) -> tuple[Path, Path]:
+    base = tiny_llama()
+    made = save_patch(base, folder / "patch", std=0.05, **patch)
+    return edgeport.export(model=base, output=folder / "q", to="hf", quant="nf4").output, made
+
+
+def test_the_same_port_gives_the_same_bytes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    made = [edgeport.port(patch=patch, new_base=base, output=tmp_path / name, probe=False).output for name in ("one", "two")]
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in made)
+    assert one == two
+
+
+def test_a_text_of_the_users_own_guides_it(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("Diagnosis: melanoma of the skin. Department: oncology. " * 60)
+    made = [edgeport.port(patch=patch, new_base=base, output=tmp_path / name, probe=False, calibration=file).output
+            for name, file in (("own", text), ("packaged", None))]  # fmt: skip
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in made)
+    assert one != two
+
+
+def test_without_a_text_chance_decides_and_it_is_said(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    (base / "tokenizer.json").unlink()
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"stochastic"}
+    assert any("no text is run through the model" in note and "tokenizer.json" in note for note in receipt.notes)
+    with pytest.raises(NotACheckpoint, match="no tokenizer"):
+        edgeport.plan(patch=patch, new_base=base, output=tmp_path / "no", rounding="patch-aware")
