@@ -452,6 +452,13 @@ CASES: dict[str, Case] = {
     "gptq, another layout": Case(with_turned("gptq", checkpoint_format="gptq_p"), "format 'gptq_p'"),
     "gptq, g_idx out of range": Case(
         with_turned("gptq", {"g_idx": np.full(HIDDEN, 7, np.int32)}), "g_idx names group 7, and there are 1"),
+    "compressed-tensors, no config_groups": Case(
+        with_config(quantization_config={"quant_method": "compressed-tensors"}), "has no config_groups"),
+    "compressed-tensors, another scheme": Case(
+        with_config(quantization_config={
+            "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 4, "group_size": 16}}}}),
+        "is float of 4 bits by group, nvfp4-pack-quantized"),
     "awq, another layout": Case(with_turned("awq", version="gemv_fast"), "version 'gemv_fast'"),
     "config.json, quantization_config without a method": Case(with_config(quantization_config=[1]), "quantization_config"),
     "weights missing": Case(lambda f: port(f, _without(model(f), "model.safetensors")), "holds none of model.safetensors"),

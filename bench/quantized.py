@@ -23,7 +23,7 @@ from edgeport.demo.triage import accuracy_interval
 from edgeport.report import table
 
 GGUF = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0")
-FOLDERS = ("nf4", "nf4-dq", "int8")
+FOLDERS = ("nf4", "nf4-dq", "int8", "gptq-4", "awq-4")
 TRIAGE = ADAPTERS / "triage"
 TOKENS = 512
 

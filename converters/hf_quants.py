@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgeport.codecs import awq, bnb4, gptq, int8
+from edgeport.codecs import awq, bnb4, fp8, gptq, int8, packed
 from edgeport.codecs.plain import TYPES
 from edgeport.errors import UnsupportedArchitecture
 from edgeport.registry import codec
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-METHODS = ("bitsandbytes", gptq.METHOD, awq.METHOD)
+METHODS = ("bitsandbytes", gptq.METHOD, awq.METHOD, packed.METHOD)
 """The values of quant_method whose tensors a codec claims."""
 LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
 GROUPS = (128, 64, 32)
@@ -87,10 +87,28 @@ def of_awq(model: Model) -> Quant:
     return Quant(awq.FORMAT, lay_out, awq.quantization_config(awq.Grouping(model.group)))
 
 
+def of_packed(bits: int, symmetric: bool) -> Callable[[Model], Quant]:
+    def make(model: Model) -> Quant:
+        def lay_out(weight: Weight) -> Weight:
+            group = weight.columns if model.group == WHOLE else model.group
+            how = packed.Scheme(bits, group, symmetric, scales=bnb4.DTYPES[model.dtype])
+            return packed.lay_out(weight.name.removesuffix(".weight"), weight.shape, how)
+
+        return Quant(f"W{bits}A16", lay_out, packed.quantization_config(packed.Scheme(bits, model.group, symmetric), model.group))
+
+    return make
+
+
+def of_fp8(model: Model) -> Quant:
+    scales = bnb4.DTYPES[model.dtype]
+    return Quant("FP8", lambda weight: fp8.of_shape(weight.name, weight.shape, scales), fp8.quantization_config())
+
+
 QUANTS: Mapping[str, Callable[[Model], Quant]] = {
     "nf4": of_bitsandbytes("NF4"), "nf4-dq": of_bitsandbytes("NF4_DQ"),
     "fp4": of_bitsandbytes("FP4"), "fp4-dq": of_bitsandbytes("FP4_DQ"), "int8": of_bitsandbytes(int8.FORMAT),
     **{f"gptq-{bits}": of_gptq(bits) for bits in gptq.BITS}, "awq-4": of_awq,
+    "w4a16": of_packed(4, True), "w4a16-asym": of_packed(4, False), "w8a16": of_packed(8, True), "fp8-dynamic": of_fp8,
 }  # fmt: skip
 """By the name that --quant has. dq: double quantization, whose scales are quantized too."""
 

@@ -66,12 +66,13 @@ class Affine:
         return values
 
     def grid(self, bits: int) -> Grid:
-        """The same values, exactly where code times scale is a float32."""
+        """The same values: exactly, where scales are 16-bit or zeros in the middle; else but for the last bit."""
         import torch
 
-        levels = torch.arange(1 << bits, dtype=torch.float32, device=self.codes.device)
+        middle = 1 << bits - 1
+        levels = torch.arange(-middle, middle, dtype=torch.float32, device=self.codes.device)
         step = self.spread(self.scale)
-        return Grid(levels, step, self.spread(self.zero).mul(step).neg_(), self.codes, uniform=True)
+        return Grid(levels, step, self.spread(self.zero).sub(middle).mul_(step).neg_(), self.codes, uniform=True)
 
 
 def extremes(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ def unpack(stored: Tensor, bits: int, count: int) -> Tensor:
             if shift + bits > 8:
                 code |= bytes_[:, :, byte + 1] << 8 - shift
             torch.bitwise_and(code, mask, out=each[:, :, place])
-    return codes[:, :count]
+    return codes if codes.shape[1] == count else codes[:, :count].contiguous()
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -158,19 +159,24 @@ def words(codes: Tensor, bits: int) -> Tensor:
     return pack(codes, bits).view(torch.int32)
 
 
-def turned(stored: Tensor, lines: int, dtype: Any) -> Tensor:
-    """The bytes of a part in lines (uint8, flat) to [rows, lines] of a type."""
+def flipped(matrix: Tensor) -> Tensor:
+    """The transposed matrix, in memory too."""
     import torch
 
-    # a copy, since one line alone counts as contiguous with strides that no view as bytes takes
-    return stored.view(dtype).view(lines, -1).t().clone(memory_format=torch.contiguous_format)
+    # a copy always, since one line alone counts as contiguous with strides that no view as bytes takes
+    return matrix.t().clone(memory_format=torch.contiguous_format)
+
+
+def turned(stored: Tensor, lines: int, dtype: Any) -> Tensor:
+    """The bytes of a part in lines (uint8, flat) to [rows, lines] of a type."""
+    return flipped(stored.view(dtype).view(lines, -1))
 
 
 def to_lines(matrix: Tensor) -> Tensor:
     """[rows, lines] to the bytes of a part in lines (uint8, flat): the inverse of `turned`."""
     import torch
 
-    return matrix.t().contiguous().view(-1).view(torch.uint8)
+    return flipped(matrix).view(-1).view(torch.uint8)
 
 
 def rows_of(bits: int) -> int:
@@ -204,6 +210,16 @@ def told_group(told: Mapping[str, Any]) -> int:
     if type(group) is not int or not (group == -1 or group > 0):
         raise AmbiguousFormat(f"quantization_config says group_size {group!r}; a positive number or -1 was expected")
     return group
+
+
+def in_order(index: bytes, group: int, groups: int) -> bool:
+    """Whether a g_idx is in order. Raises CorruptCheckpoint where it names a group that is not there."""
+    import numpy as np
+
+    found = np.frombuffer(index, "<i4")
+    if found.size and not 0 <= found.min() <= found.max() < groups:
+        raise CorruptCheckpoint(f"g_idx names group {found.max() if found.min() >= 0 else found.min()}, and there are {groups}")
+    return bool((found == np.arange(found.size) // group).all())
 
 
 def checked(expected: Weight, specs: Mapping[str, TensorSpec], told: str) -> Weight:

@@ -25,6 +25,8 @@ from edgeport.codecs.affine import (
     Affine,
     checked,
     extremes,
+    flipped,
+    in_order,
     layers,
     nearest,
     need_multiple,
@@ -38,7 +40,7 @@ from edgeport.codecs.affine import (
     words,
 )
 from edgeport.codecs.plain import TYPES, torch_type
-from edgeport.errors import AmbiguousFormat, CorruptCheckpoint, about
+from edgeport.errors import AmbiguousFormat, about
 from edgeport.grid import Grid
 from edgeport.seams import Peek
 from edgeport.tensor import Part, TensorSpec, Weight
@@ -182,16 +184,6 @@ def override(told: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
     return {}
 
 
-def in_order(index: bytes, group: int, groups: int) -> bool:
-    """Whether a g_idx is in order. Raises CorruptCheckpoint where it names a group that is not there."""
-    import numpy as np
-
-    found = np.frombuffer(index, "<i4")
-    if found.size and not 0 <= found.min() <= found.max() < groups:
-        raise CorruptCheckpoint(f"g_idx names group {found.max() if found.min() >= 0 else found.min()}, and there are {groups}")
-    return bool((found == np.arange(found.size) // group).all())
-
-
 def lay_out(layer: str, shape: tuple[int, ...], how: Packing) -> Weight:
     """How a weight with these parameters is stored. Raises BlockMismatch."""
     rows, columns = shape
@@ -238,7 +230,7 @@ def pack_zeros(zeros: Tensor, how: Packing) -> Tensor:
 
     if how.version == 1 and 8 % how.bits:
         zeros = (zeros - 1) & 7
-    stored = pack(zeros.t().contiguous(), how.bits).view(-1)
+    stored = pack(flipped(zeros), how.bits).view(-1)
     if how.version == 1 and 8 % how.bits == 0:
         stored = (stored.view(torch.int32) - ones(how.bits)).view(torch.uint8)
     return stored
