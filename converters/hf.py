@@ -266,7 +266,7 @@ class HuggingFace:
         given = target.imatrix or target.tensor_types or target.output_tensor_type or target.token_embedding_type
         if given:
             raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
-        quant = (target.quant or "").lower()
+        quant = (target.quant or "").lower().replace("_", "-")  # `edgeport formats` has NF4_DQ and GPTQ_4
         if quant and quant not in {*PRECISIONS, *QUANTS}:
             raise UnknownName(miss([*PRECISIONS, *QUANTS], quant, "--quant of an HF folder"))
         kept = source.container == self.name or all(weight.codec == "plain" for weight in source.weights.values())

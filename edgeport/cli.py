@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The output: a folder for hf and onnx, a file for gguf.")]
 To = Annotated[str, typer.Option("--to", help="Container: hf, gguf ...")]
-QUANT_HELP = "bf16, f16, f32; for hf nf4, int8 ...; for gguf Q8_0, Q4_K_M ... (default: as the base)."
+QUANT_HELP = "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ... (default: as the base)."
 Quant = Annotated[str | None, typer.Option("--quant", "-p", "--precision", help=QUANT_HELP)]
 ShardSize = Annotated[str | None, typer.Option("--max-shard-size", "--split-max-size", help="Largest output file, such as 5GB.")]
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama.cpp.")]

@@ -432,8 +432,8 @@ def test_a_damaged_weight_is_refused_by_name(damage: str, tiny_llama: TinyLlama,
 
 @pytest.mark.parametrize(
     "lie",
-    [{"bits": 5}, {"bits": "4"}, {"bits": None}, {"checkpoint_format": "marlin"}, {"group_size": 0}, {"group_size": "128"},
-     {"pack_dtype": "int16"}, {"dynamic": [1]}, {"dynamic": {"+:(": {}}}],
+    [{"bits": 5}, {"bits": "4"}, {"bits": None}, {"bits": 4.0}, {"checkpoint_format": "marlin"}, {"group_size": 0},
+     {"group_size": "128"}, {"pack_dtype": "int16"}, {"dynamic": [1]}, {"dynamic": {"+:(": {}}}],
     ids=str,
 )  # fmt: skip
 def test_a_kind_that_is_not_read_is_refused(lie: dict[str, Any], tiny_llama: TinyLlama, tmp_path: Path) -> None:

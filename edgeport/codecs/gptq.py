@@ -158,7 +158,7 @@ def told_packing(told: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and version from a quantization_config. Raises AmbiguousFormat."""
     bits, word = told.get("bits"), told.get("pack_dtype", "int32")
     format = told.get("checkpoint_format") or told.get("format") or "gptq"
-    if bits not in BITS or format not in VERSIONS or word != "int32":
+    if type(bits) is not int or bits not in BITS or format not in VERSIONS or word != "int32":
         raise AmbiguousFormat(
             f"quantization_config says {bits!r} bits, format {format!r}, packed in {word}; edgeport reads "
             f"{', '.join(map(str, BITS))} bits of {' and '.join(VERSIONS)}, packed in int32"
