@@ -345,6 +345,15 @@ def test_nearest_rounding_keeps_the_groups_of_act_order(tiny_llama: TinyLlama, t
     assert {name for name in before if not torch.equal(before[name], after[name])} == {f"{name}.qweight" for name in layers(base)}
 
 
+def test_a_patch_beside_the_base(tiny_llama: TinyLlama, tmp_path: Path, read_tensors: ReadTensors) -> None:
+    plain = tiny_llama(dtype="float16", **WIDE)
+    patch = save_patch(plain, tmp_path / "patch", target_modules=LINEAR)
+    base = quantized_folder(plain, tmp_path / "quantized", Packing(4, 32, False, 1, True))
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", sidecar=True, probe=False)
+    assert receipt.survival is not None and receipt.survival["min"] > 0.999
+    assert read_tensors(tmp_path / "out") == read_tensors(base)
+
+
 def test_to_other_formats_and_back(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     plain = tiny_llama(dtype="float16", **WIDE)
     base = quantized_folder(plain, tmp_path / "quantized", Packing(3, 32, False, 2, True))

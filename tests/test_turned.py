@@ -41,11 +41,14 @@ def test_lines_are_read_and_written_in_place(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match="ends at byte 60"):
         read_lines(file, 28, 4, 4, 10)
     with file.open("r+b") as opened:
-        staging = Staging(tmp_path, {"file": opened.fileno()}, {"t": FileLayout("file", 60, (), {"t": 10})})
+        staging = Staging(tmp_path, {"file": opened.fileno()}, [FileLayout("file", 60, (), {"t": 10})])
         staging.expect("t", 8)
         staging.write("t", 2, bytes([90, 91, 92, 93, 94, 95]), lines=3, pitch=10)
         with pytest.raises(PlanViolation, match="more bytes"):
             staging.write("t", 2, bytes(3), lines=3, pitch=10)
+        assert staging.read_lines(TensorSpec("t", "U8", (3, 10), 30), 1, 4, 3) == bytes(
+            [11, 90, 91, 21, 92, 93, 31, 94, 95]
+        )
     expected = bytearray(range(60))
     for line in range(3):
         expected[12 + 10 * line : 14 + 10 * line] = bytes([90 + 2 * line, 91 + 2 * line])
