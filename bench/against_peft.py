@@ -6,7 +6,8 @@ exact port and perplexity on edgeport's probe text, the process's peak memory (V
 
 PEFT's model is taken as it is right after the merge: on CPUs with AVX512-BF16 the first forward turns the weights over
 in place, after which their codes mean nothing. Its 4-bit numbers are written out as float32, since transformers 5.23 does not
-save a model that it has loaded from a bitsandbytes checkpoint; that writing is in neither its time nor its peak.
+save a model that it has loaded from a bitsandbytes checkpoint; that writing is in neither its time nor its peak. Of edgeport
+both are of the whole process, from the interpreter's start to the synced output, but for the probe of the result.
 """
 
 from __future__ import annotations
