@@ -1,4 +1,4 @@
-"""A low-rank patch beside an output, as planned: all of the patch, next to a base that stays as it is."""
+"""A low-rank patch beside an output, as planned: all of a patch next to an untouched base, or what rounding lost of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeport.errors import ConvertError, UnsupportedPatch, about
+from edgeport.errors import ConvertError, UnknownName, UnsupportedPatch, about
 from edgeport.seams import Adapting, Edit, Factors, FileLayout, LowRankEdit, Sink
 from edgeport.steps import Allowed, Step, cut
 from edgeport.tensor import EMBEDDING, Weight
 
-SIDECAR = "sidecar"
+SIDECAR, RESIDUAL = "sidecar", "residual"
+OVERSAMPLING = 8
+"""Directions that the range finder takes beyond those it keeps (Halko, Martinsson and Tropp recommend 5 to 10)."""
 Patched = Mapping[str, tuple[Weight, Sequence[Edit]]]
 """By the name of a patched weight: the stored weight, and its edits in order."""
 
@@ -31,15 +33,19 @@ class Adapter:
 
     @property
     def peak_bytes(self) -> int:
-        # beside a step with the edits' own factors: theirs put together, and what is stored of them
-        pairs = zip(self.steps, self.factors, strict=True)
-        return max(step.peak_bytes + 2 * (one.up.nbytes + one.down.nbytes) for step, one in pairs)
+        return max(step.peak_bytes + held_bytes(one) for step, one in zip(self.steps, self.factors, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "path": self.name, "alpha": self.alpha,
             "rank": sorted({one.rank for one in self.factors}), "bytes": sum(file.size for file in self.files),
         }  # fmt: skip
+
+
+def held_bytes(factors: Factors) -> int:
+    """Beside a step with its edits' own factors: theirs put together, what is stored of them, the sketch and its vectors."""
+    sketch = 8 * (factors.rank + OVERSAMPLING) * factors.down.columns
+    return 3 * (factors.up.nbytes + factors.down.nbytes) + 3 * sketch
 
 
 def plan_sidecar(sink: Sink, patched: Patched) -> Adapter:
@@ -57,6 +63,19 @@ def plan_sidecar(sink: Sink, patched: Patched) -> Adapter:
                 )
         ranks[name] = sum(edit.rank for edit in low)
     return laid_out(SIDECAR, sink, patched, ranks)
+
+
+def plan_residual(sink: Sink, patched: Patched, placed: Mapping[str, Weight], rank: int) -> Adapter:
+    """The adapter that holds, in `rank` directions a weight, what rounding to a quantized format loses.
+
+    Raises UnknownName; ConvertError for a container that has no such form; UnsupportedPatch where nothing is rounded.
+    """
+    if rank < 1:
+        raise UnknownName(f"--residual {rank} is no rank; give a number from 1 on")
+    rounded = [placed[name] for name in patched if name in placed and placed[name].codec != "plain" and name != EMBEDDING]
+    if not rounded:
+        raise UnsupportedPatch("no patched linear layer is stored in a quantized format, so rounding leaves no residual")
+    return laid_out(RESIDUAL, sink, patched, {one.name: min(rank, one.rows, one.columns) for one in rounded})
 
 
 def laid_out(kind: str, sink: Sink, patched: Patched, ranks: Mapping[str, int]) -> Adapter:

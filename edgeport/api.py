@@ -48,6 +48,7 @@ class PortOptions(Options, total=False):
     seed: int
     semantics: str | None
     sidecar: bool
+    residual: int | None
     probe: bool | None
     """Whether to compare what base, exact port and output say. None: where a patch is rounded and transformers is there."""
     calibration: Location | None
@@ -99,6 +100,7 @@ def method_of(options: PortOptions) -> Method:
         seed=options.get("seed", 0),
         semantics=options.get("semantics"),
         sidecar=options.get("sidecar", False),
+        residual=options.get("residual"),
         keep_format=options.get("keep_format", False),
         probe=options.get("probe"),
         calibration=Path(calibration) if calibration is not None else None,

@@ -1,19 +1,24 @@
 """Writing the adapter beside an output, and measuring what both together keep of the patch.
 
-The factors of a weight's edits, side by side, are again two factors. They are stored in float32 with the edits' scales
-multiplied in, so that what a runtime adds is what a merge would have added, before any rounding.
+A sidecar holds the patch itself: the factors of a weight's edits, side by side, are again two factors. A residual holds
+the best low-rank approximation of what rounding lost, R = exact - stored, with each column weighed by the root mean square
+of its input where an importance matrix is at hand (LQER, arXiv 2402.02446). Its leading directions come from a sketch of
+R's rows and one power iteration, each a pass over row blocks (Halko, Martinsson and Tropp, SIAM Review 53, 2011,
+algorithm 4.4 on the transpose). Both are stored in float32 with all scales multiplied in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgeport.adapter import OVERSAMPLING, SIDECAR
 from edgeport.blocks import decode_rows, encode_rows, ranges
 from edgeport.errors import about
 from edgeport.manifest import WeightFact
 from edgeport.memory import trim_heap
+from edgeport.rounding.draws import uniform
 from edgeport.seams import Factors, LowRankEdit, Source
 from edgeport.staging import Staging
 from edgeport.steps import Step
@@ -24,30 +29,93 @@ if TYPE_CHECKING:
 
     from edgeport.adapter import Adapter
 
+SWEEPS = 2
+"""Of the range finder: one sketch, one power iteration."""
+LEAST_SCALE = 0.01
+"""Of the mean scale: columns whose input is next to nothing are not to be divided by it."""
 
-def write_adapter(adapter: Adapter, source: Source, staging: Staging, facts: Sequence[WeightFact]) -> list[WeightFact]:
+
+def write_adapter(
+    adapter: Adapter, source: Source, staging: Staging, facts: Sequence[WeightFact], importance: Mapping[str, Tensor] | None
+) -> list[WeightFact]:
     """Fill the adapter, when the model's weights are written; their `facts` with what both keep together."""
     told = {fact.weight: fact for fact in facts}
     for step, factors in zip(adapter.steps, adapter.factors, strict=True):
-        with about(factors.target):
-            up, down = joined(step)
+        name, target = factors.target, step.target
+        with about(name):
+            if adapter.kind == SIDECAR:
+                up, down = joined(step)
+            else:
+                scale = column_scale((importance or {}).get(name), target.columns)
+                leading = directions(step, factors.rank, scale, source, staging)
+                up, down = fitted(step, (leading * scale).T, source, staging), leading / scale
             store(factors, adapter.alpha, up, down, staging)
             change, retention, error = survey(step, source, staging, up, down).figures()
-        name, target = factors.target, step.target
         # a tied head that only the adapter tells from the embedding has no fact yet
         fact = told.get(name) or WeightFact(name, "copy", target.shape, step.origin.format, target.format)
         semantics = "+".join(sorted({edit.semantics for edit in step.edits}))
-        trim_heap()
         told[name] = replace(fact, semantics=semantics, change=change, retention=retention, error=error, beside=True)
+        trim_heap()
     return list(told.values())
 
 
 def joined(step: Step) -> tuple[Tensor, Tensor]:
-    """float32 up [rows, rank] and down [rank, columns] of all the step's edits."""
+    """float32 up [rows, rank] and down [rank, columns] of all the step's low-rank edits."""
     import torch
 
     pairs = [edit.factors() for edit in step.edits if isinstance(edit, LowRankEdit)]
     return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+
+
+def directions(step: Step, rank: int, scale: Tensor, source: Source, staging: Staging) -> Tensor:
+    """float32 [rank, columns], orthonormal: the leading right singular vectors of what rounding lost times `scale`."""
+    import torch
+
+    width = min(rank + OVERSAMPLING, step.target.rows, step.target.columns)
+    basis: Tensor | None = None
+    for _ in range(SWEEPS):
+        sketch = torch.zeros(width, step.target.columns, dtype=torch.float64)
+        for rows, _, exact, stored in blocks(step, source, staging):
+            lost = exact.sub_(stored).mul_(scale)
+            test = lost @ basis.T if basis is not None else draws(step, rows, width)
+            sketch += (test.T @ lost).double()
+        basis = torch.linalg.svd(sketch, full_matrices=False)[2].float()
+    assert basis is not None
+    return basis[:rank]
+
+
+def draws(step: Step, rows: range, width: int) -> Tensor:
+    """float32 [len(rows), width]: independent, of mean 0."""
+    import torch
+
+    return uniform(f"residual {step.draws}", rows.start, len(rows), width, torch.device("cpu")).sub_(0.5)
+
+
+def column_scale(importance: Tensor | None, columns: int) -> Tensor:
+    """float32 [columns]: the root mean square of each input, away from zero; ones where nothing is known."""
+    import torch
+
+    if importance is None:
+        return torch.ones(columns)
+    scale = importance.float().sqrt()
+    return scale.clamp(min=max(float(scale.mean()) * LEAST_SCALE, 1e-12))
+
+
+def blocks(step: Step, source: Source, staging: Staging) -> Iterator[tuple[range, Tensor, Tensor, Tensor]]:
+    """Rows, and float32 base, exact result and stored result of them; the last two are the caller's to change."""
+    applied = [edit.load("cpu") for edit in step.edits]
+    for rows in ranges(step.target, step.rows, step.granule):
+        base = exact = decode_rows(source, step.origin, rows)
+        for apply in applied:
+            exact = apply(rows, exact)
+        yield rows, base, exact, decode_rows(staging, step.target, rows)
+
+
+def fitted(step: Step, test: Tensor, source: Source, staging: Staging) -> Tensor:
+    """float32 [rows, rank]: what rounding lost, times `test` [columns, rank]."""
+    import torch
+
+    return torch.cat([exact.sub_(stored) @ test for _, _, exact, stored in blocks(step, source, staging)])
 
 
 def store(factors: Factors, alpha: int, up: Tensor, down: Tensor, staging: Staging) -> None:
@@ -61,11 +129,6 @@ def store(factors: Factors, alpha: int, up: Tensor, down: Tensor, staging: Stagi
 def survey(step: Step, source: Source, staging: Staging, up: Tensor, down: Tensor) -> Survival:
     """What is stored of one weight's patch, the adapter's part included."""
     survival = Survival()
-    applied = [edit.load("cpu") for edit in step.edits]
-    for rows in ranges(step.target, step.rows, step.granule):
-        base = exact = decode_rows(source, step.origin, rows)
-        for apply in applied:
-            exact = apply(rows, exact)
-        stored = decode_rows(staging, step.target, rows).addmm_(up[rows.start : rows.stop], down)
-        survival.add(base, exact, stored)
+    for rows, base, exact, stored in blocks(step, source, staging):
+        survival.add(base, exact, stored.addmm_(up[rows.start : rows.stop], down))
     return survival

@@ -49,6 +49,8 @@ SEMANTICS_HELP = "delta: add every change to the new base; operator: put values 
 Semantics = Annotated[str | None, typer.Option(help=SEMANTICS_HELP)]
 Seed = Annotated[int, typer.Option(help="Of the draws that rounding takes; recorded in the manifest.")]
 Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
+RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this rank."
+Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
 Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
 Calibration = Annotated[Path | None, typer.Option(help="A text in UTF-8 for the probe (default: edgeport's own).")]
@@ -183,6 +185,7 @@ def port(
     seed: Seed = 0,
     semantics: Semantics = None,
     sidecar: Sidecar = False,
+    residual: Residual = None,
     probe: Probe = None,
     calibration: Calibration = None,
     max_ram: MaxRam = None,
@@ -204,7 +207,8 @@ def port(
             max_shard_size=max_shard_size, imatrix=imatrix, tensor_type=pairs(tensor_type),
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type, max_ram=max_ram,
             max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
-            probe=probe, calibration=calibration, sidecar=sidecar, keep_format=keep_format, seed=seed, semantics=semantics,
+            probe=probe, calibration=calibration, sidecar=sidecar, residual=residual, keep_format=keep_format, seed=seed,
+            semantics=semantics,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, force, not no_progress, quiet, verbose)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeport.adapter import Adapter, plan_sidecar, surveyed
+from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
 from edgeport.calibration import Calibrating, calibrating, rule_for
 from edgeport.errors import (
     ConvertError,
@@ -44,6 +44,8 @@ class Method:
     semantics: str | None = None
     """"delta": every change is added to the new base. "operator": values of the patch's own replace the base's."""
     sidecar: bool = False
+    residual: int | None = None
+    """Rank of what rounding lost, kept beside the output."""
     keep_format: bool = False
     """Whether the output has to have the base's number formats; without --quant it has them where its container can."""
     probe: bool | None = None
@@ -161,7 +163,7 @@ def make_plan(
     placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
     files = tuple(sink.layout(placed))
     beside = {name: (origin, todo) for name, origin, todo in patched if todo}
-    adapter = plan_sidecar(sink, beside) if method.sidecar else None
+    adapter = plan_adapter(sink, beside, {weight.name: weight for weight in placed}, method)
     files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
@@ -250,6 +252,15 @@ def final_shape(origin: Weight, edits: Sequence[Edit]) -> tuple[int, ...]:
 
 def reshaped(origin: Weight, shape: tuple[int, ...]) -> Weight:
     return origin if shape == origin.shape else replace(origin, shape=shape)
+
+
+def plan_adapter(sink: Sink, patched: Patched, placed: Mapping[str, Weight], method: Method) -> Adapter | None:
+    """What goes beside the model. Raises UnknownName for a sidecar and a residual at once."""
+    if method.sidecar and method.residual is not None:
+        raise UnknownName("--sidecar keeps the patch out of the weights, and so leaves no --residual; give one of them")
+    if method.sidecar:
+        return plan_sidecar(sink, patched)
+    return None if method.residual is None else plan_residual(sink, patched, placed, method.residual)
 
 
 def check_semantics(work: Sequence[Work], method: Method) -> None:

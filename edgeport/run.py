@@ -82,7 +82,7 @@ def stream(
                 check_budget(plan)
             lane.finish()
             if plan.adapter:
-                facts = write_adapter(plan.adapter, plan.source, staging, facts)
+                facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnsupportedPatch, VerificationFailed
+from edgeport.blocks import decode_rows
+from edgeport.effect import ported
+from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnknownName, UnsupportedPatch, VerificationFailed
 from edgeport.locate import open_model, open_patch
 from tests.conftest import TinyLlama
+from tests.test_gguf_imatrix import modern
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORDS = torch.tensor([[1, 5, 300, 7, 42, 99, 250, 3]])
@@ -213,3 +216,92 @@ def test_a_damaged_gguf_adapter_is_named(tiny_llama: TinyLlama, tmp_path: Path) 
     (tmp_path / "c.lora.gguf").write_bytes(content.replace(b"adapter.type", b"adapter.typo"))
     with pytest.raises(UnsupportedPatch, match="an adapter of type None"):
         open_patch(tmp_path / "c.lora.gguf")
+
+
+def rounded(base: Path, tmp_path: Path, quant: str = "Q4_0") -> Path:
+    return edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant=quant).output
+
+
+def lost(base: Path, patch: Path, output: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each patched weight, the exact port minus what is stored: without the adapter, and with it."""
+    exact = ported(open_model(base), [open_patch(patch)], None)
+    stored = open_model(output)
+    together = ported(stored, [open_patch(output.with_name(f"{output.stem}.lora.gguf"))], None)
+    found = {}
+    for name, (_, edits, shape) in together.edits.items():
+        if edits:
+            rows = range(shape[0])
+            wanted = exact.rows(name, rows)
+            found[name] = wanted - decode_rows(stored, stored.weights[name], rows), wanted - together.rows(name, rows)
+    return found
+
+
+def test_a_residual_is_what_a_singular_value_decomposition_gives(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.03)
+    quantized = rounded(base, tmp_path)
+    receipt = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "out.gguf", to="gguf", residual=8, probe=False)
+    assert receipt.adapter is not None and (receipt.adapter["kind"], receipt.adapter["rank"]) == ("residual", [8])
+    found = lost(quantized, patch, tmp_path / "out.gguf")
+    assert len(found) == 14
+    for without, left in found.values():
+        best = torch.linalg.svdvals(without)[8:].square().sum().sqrt()
+        assert best <= left.norm() * 1.0001 and left.norm() < 1.03 * best
+    # the receipt counts both together
+    plain = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "plain.gguf", to="gguf", probe=False)
+    error = {fact.weight: fact.error for fact in plain.facts}
+    assert all(fact.error is not None and fact.error < (error[fact.weight] or 0) for fact in receipt.facts if fact.beside)
+
+
+def test_an_importance_matrix_says_where_a_residual_counts(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.03, target_modules=["up_proj"])
+    squares = torch.full((64,), 0.01).index_fill_(0, torch.arange(8), 100.0)
+    entries = {f"blk.{layer}.ffn_up.weight.{what}": values for layer in range(2) for what, values in
+               {"in_sum2": squares.numpy()[None], "counts": np.ones((1, 1), np.float32)}.items()}  # fmt: skip
+    matrix = modern(tmp_path / "imatrix.gguf", entries)
+    error = {}
+    for name, given in {"flat": None, "weighed": matrix}.items():
+        output = tmp_path / f"{name}.gguf"
+        common: dict[str, Any] = {"patch": patch, "new_base": base, "to": "gguf", "quant": "Q4_0", "probe": False}
+        edgeport.port(**common, output=output, imatrix=given, residual=8)
+        found = lost(base, patch, output)
+        error[name] = sum(float((left * squares.sqrt()).norm()) for _, left in found.values())
+    assert error["weighed"] < 0.2 * error["flat"]
+
+
+def test_what_nearest_rounding_erases_is_all_in_the_residual(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch", std=0.01)
+    quantized = rounded(base, tmp_path)
+    receipt = edgeport.port(
+        patch=patch, new_base=quantized, output=tmp_path / "out.gguf", to="gguf", rounding="nearest", residual=4, probe=True
+    )
+    assert receipt.survival is not None and receipt.survival["min"] == pytest.approx(1, abs=0.02)
+    assert receipt.probe is not None and receipt.probe.kl < 1e-4
+    merged = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "exact", quant="f32").output
+    found = llama_logits(tmp_path / "out.gguf", tmp_path / "out.lora.gguf")
+    with torch.no_grad():
+        assert apart(found, AutoModelForCausalLM.from_pretrained(merged)(WORDS).logits[0]) < 0.03
+
+
+def test_residuals_that_cannot_be(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    common: dict[str, Any] = {"patch": save_patch(base, tmp_path / "patch"), "new_base": base, "output": tmp_path / "out"}
+    with pytest.raises(UnsupportedPatch, match="leaves no residual"):
+        edgeport.plan(**common, residual=4)
+    with pytest.raises(UnknownName, match="--residual 0 is no rank"):
+        edgeport.plan(**common, quant="nf4", residual=0)
+    with pytest.raises(UnknownName, match="give one of them"):
+        edgeport.plan(**common, quant="nf4", residual=4, sidecar=True)
+
+
+def test_memory_of_an_adapter_is_planned(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch")
+    common: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out", "quant": "nf4"}
+    peaks = {rank: edgeport.plan(**common, residual=rank).peak_above_import_bytes for rank in (4, 32)}
+    plain = edgeport.plan(**common).peak_above_import_bytes
+    # rank 32 of down_proj [64, 128]: factors thrice, a sketch of 40 rows thrice in float64
+    assert peaks[32] - plain > 3 * 4 * 32 * (64 + 128) + 3 * 8 * 40 * 128 - 10_000
+    assert plain < peaks[4] < peaks[32]
