@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +26,7 @@ from edgeport.patches.names import PEFT_PREFIX
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
-from edgeport.tensor import EMBEDDING, TensorSpec, Weight
+from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,8 @@ class FolderSink:
     notes: Sequence[str] = ()
 
     def place(self, weight: Weight) -> Weight:
+        if weight.name in self.target.formats:
+            return codec("plain").layout(weight.name, weight.shape, self.target.formats[weight.name])
         if self.quant and is_linear(weight):
             with about(weight.name):
                 placed = self.quant.lay_out(weight)
@@ -160,6 +162,12 @@ class FolderSink:
         # one object for both sides, since there are thousands; a tied head is stored under the embedding's name
         names = ([part.spec.name for part in parts.values()] for parts in (weight.parts, placed.parts))
         return weight if stored_alike(weight, placed) and next(names) == next(names) else placed
+
+    def finer(self, weight: Weight) -> Sequence[Weight]:
+        # a bitsandbytes config can name layers that stay as they are
+        if weight.codec not in ("bnb4", "int8") or weight.name in (EMBEDDING, HEAD):
+            return ()
+        return [codec("plain").layout(weight.name, weight.shape, plain_format(self.target.config))]
 
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         shards = self.shards(weights)
@@ -220,6 +228,8 @@ class FolderSink:
             config.pop("quantization_config", None)
         if self.quant:
             config["quantization_config"] = dict(self.quant.config)
+        if self.target.formats:
+            config["quantization_config"] = with_skipped(config["quantization_config"], self.target.formats)
         if config != dict(self.source.config) or not (staging / "config.json").exists():
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -228,6 +238,15 @@ def plain_format(config: Mapping[str, Any]) -> str:
     """The type that the model computes in, in which transformers has a weight before it quantizes it."""
     stated = config.get("dtype", config.get("torch_dtype"))
     return next((format for format, dtype in CONFIG_DTYPES.items() if dtype == stated), "BF16")
+
+
+def with_skipped(config: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any]:
+    """bitsandbytes' config that leaves further layers alone.
+
+    Without a list of its own transformers leaves the head alone, and with one nothing else than what it names.
+    """
+    skipped = config.get("llm_int8_skip_modules") or [HEAD.removesuffix(".weight")]
+    return {**config, "llm_int8_skip_modules": [*skipped, *(name.removesuffix(".weight") for name in weights)]}
 
 
 def adapter_config(factors: Sequence[Factors], alpha: int) -> dict[str, Any]:

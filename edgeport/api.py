@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -47,6 +48,9 @@ class PortOptions(Options, total=False):
     rounding: str
     seed: int
     semantics: str | None
+    promote: bool
+    max_size: str | int | None
+    """Of all files of the output together; what --promote may fill."""
     sidecar: bool
     residual: int | None
     probe: bool | None
@@ -88,9 +92,25 @@ def plan(
         _bytes(options.get("max_ram")), _bytes(options.get("max_vram")), devices.choose(options.get("device", "auto"))
     )
     chosen = converter(options.get("to", "hf"))
-    return make_plan(
-        source, patches, chosen, target, limits, old=old, overwrite=options.get("overwrite", False), method=method_of(options)
-    )
+    method, overwrite = method_of(options), options.get("overwrite", False)
+    decided = make_plan(source, patches, chosen, target, limits, old=old, overwrite=overwrite, method=method)
+    if not options.get("promote"):
+        if options.get("max_size") is not None:
+            raise UnknownName("--max-size says how far --promote may go; give both, or neither")
+        return decided
+    method, target = promoted(decided, _bytes(options.get("max_size")))
+    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=overwrite, method=method)
+
+
+def promoted(decided: Plan, most_bytes: int | None) -> tuple[Method, Target]:
+    """Method and target with what goes up in precision. Reads some rows of each patched weight."""
+    from edgeport.promotion import promotions
+
+    if most_bytes is None or (decided.adapter is not None and decided.method.sidecar):
+        raise UnknownName("--promote needs a --max-size such as 5GB, and a patch that goes into the weights (no --sidecar)")
+    found = promotions(decided, most_bytes)
+    formats = {one.weight: one.format for one in found}
+    return replace(decided.method, promoted=tuple(found)), replace(decided.target, formats=formats)
 
 
 def method_of(options: PortOptions) -> Method:

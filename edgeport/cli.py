@@ -49,6 +49,9 @@ SEMANTICS_HELP = "delta: add every change to the new base; operator: put values 
 Semantics = Annotated[str | None, typer.Option(help=SEMANTICS_HELP)]
 Seed = Annotated[int, typer.Option(help="Of the draws that rounding takes; recorded in the manifest.")]
 Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
+PROMOTE_HELP = "Store the patched weights that rounding harms most in finer formats, up to --max-size."
+Promote = Annotated[bool, typer.Option("--promote", help=PROMOTE_HELP)]
+MaxSize = Annotated[str | None, typer.Option(help="Most bytes of the output's weights, such as 5GB, with --promote.")]
 RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this rank."
 Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
@@ -132,6 +135,9 @@ def receipt_text(receipt: Receipt) -> str:
     ]
     if receipt.coverage["tensors"]:
         rows.append(["patch tensors", f"{receipt.coverage['consumed']} of {receipt.coverage['tensors']} merged"])
+    if promoted := receipt.method.get("promoted"):
+        names = f"{', '.join(list(promoted)[:3])}{' ...' if len(promoted) > 3 else ''}"
+        rows.append(["promoted", f"{len(promoted)} weights: {names}"])
     if receipt.adapter:
         kept = f"{receipt.adapter['path']} ({in_words(receipt.adapter['bytes'])}), beside the model and part of it"
         rows.append(["adapter", kept])
@@ -184,6 +190,8 @@ def port(
     rounding: Rounding = "auto",
     seed: Seed = 0,
     semantics: Semantics = None,
+    promote: Promote = False,
+    max_size: MaxSize = None,
     sidecar: Sidecar = False,
     residual: Residual = None,
     probe: Probe = None,
@@ -208,7 +216,7 @@ def port(
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type, max_ram=max_ram,
             max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
             probe=probe, calibration=calibration, sidecar=sidecar, residual=residual, keep_format=keep_format, seed=seed,
-            semantics=semantics,
+            semantics=semantics, promote=promote, max_size=max_size,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, force, not no_progress, quiet, verbose)
 

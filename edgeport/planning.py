@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
 from edgeport.calibration import Calibrating, calibrating, rule_for
@@ -29,6 +29,9 @@ from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Tar
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
+if TYPE_CHECKING:
+    from edgeport.promotion import Promotion
+
 MANIFEST = "edgeport.json"
 
 DISK_SLACK_BYTES = 16 * MIB
@@ -43,6 +46,7 @@ class Method:
     """Of the draws that rounding takes."""
     semantics: str | None = None
     """"delta": every change is added to the new base. "operator": values of the patch's own replace the base's."""
+    promoted: tuple[Promotion, ...] = ()
     sidecar: bool = False
     residual: int | None = None
     """Rank of what rounding lost, kept beside the output."""
@@ -52,7 +56,9 @@ class Method:
     calibration: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"rounding": self.rounding, "seed": self.seed, "semantics": self.semantics}
+        promoted = {one.weight: {key: value for key, value in asdict(one).items() if key != "weight"} for one in self.promoted}
+        told: dict[str, Any] = {"rounding": self.rounding, "seed": self.seed, "semantics": self.semantics}
+        return told | ({"promoted": promoted} if promoted else {})
 
 
 @dataclass(frozen=True, slots=True)

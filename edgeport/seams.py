@@ -304,6 +304,15 @@ class Adapting(Protocol):
         ...
 
 
+@runtime_checkable
+class Promoting(Protocol):
+    """What a sink is, besides a `Sink`, that obeys `Target.formats`."""
+
+    def finer(self, weight: Weight) -> Sequence[Weight]:
+        """How it would store the weight in finer formats than it does, the coarsest first."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What the user asked of an output container. A container refuses the options that it does not know."""
@@ -315,6 +324,8 @@ class Target:
     tensor_types: tuple[tuple[str, str], ...] = ()
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """The format of single weights, by name, whatever else is asked: what a promotion decides."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """config.json as it has to be after the patches (tie_word_embeddings, vocab_size)."""
     assets: Mapping[str, Path] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgeport.checkpoint import read_lines
 from edgeport.errors import PlanViolation
 from edgeport.planning import manifest_path
 from edgeport.seams import FileLayout
@@ -54,8 +55,9 @@ class Staging:
 
     def read_lines(self, spec: TensorSpec, start: int, stop: int, lines: int) -> bytearray:
         """Bytes `start` to `stop` of each of a stored tensor's `lines` equal lines, one after the other."""
-        places = range(0, spec.nbytes, spec.nbytes // lines)
-        return bytearray().join(self.read(spec, place + start, place + stop) for place in places)
+        layout = self.layout(spec.name)
+        begin = layout.ranges[spec.name] + start
+        return read_lines(self.folder / layout.name, begin, stop - start, lines, spec.nbytes // lines)
 
     def layout(self, tensor: str) -> FileLayout:
         """The file that has a place for a tensor. Raises PlanViolation."""

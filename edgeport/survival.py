@@ -33,6 +33,11 @@ class Survival:
         relative = sqrt(change / base) if base else float("inf")
         return round(relative, 6), round(kept / change, 6), round(sqrt(error / exact), 8) if exact else 0.0
 
+    def noise(self) -> float:
+        """|stored - exact|^2 / |change|^2; 0 where nothing changed."""
+        _, _, change, error, _ = self.sums.tolist() if self.sums is not None else [0.0] * 5
+        return float(error / change) if change else 0.0
+
 
 def products(base: Tensor, exact: Tensor, stored: Tensor) -> Tensor:
     """float64 [5]: the sums of `Survival`."""

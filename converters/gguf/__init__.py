@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+FINER = ("Q6_K", "Q8_0", "F16")
+"""The types that a promotion gives, as llama-quantize's own mixes do for the tensors that suffer most."""
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 
@@ -173,6 +175,13 @@ class GGUFSink:
             part = placed.parts["data"]
             return replace(placed, parts={"data": replace(part, spec=replace(part.spec, name=name))}, arrangement=arrangement)
 
+    def finer(self, weight: Weight) -> Sequence[Weight]:
+        name = weight.parts["data"].spec.name
+        now, columns = header.TYPES[weight.format], weight.columns
+        better = [type for type in FINER if (block := header.TYPES[type]).nbytes * now.size > now.nbytes * block.size]
+        fitting = [type for type in better if columns % header.TYPES[type].size == 0]
+        return [replace(self, types={**self.types, name: type}).place(weight) for type in fitting]
+
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         entries = [(w.parts["data"].spec.name, w.shape, w.format, w.nbytes) for w in weights]
         entries = [(name, shape, "F32", len(data)) for name, (shape, data) in self.constants.items()] + entries
@@ -281,6 +290,7 @@ class Gguf:
                 token_embedding_type=target.token_embedding_type, has_imatrix=target.imatrix is not None,
             )  # fmt: skip
             file_type = mixes.FILE_TYPES[ftype]
+        types |= {names[name][0]: format for name, format in target.formats.items()}
         metadata = described(source, family, target, file_type, any(name not in FLOAT_TYPES for name in types.values()))
         matrix = importance_matrix(target.imatrix, names) if target.imatrix else None
         return GGUFSink(source, target, family, metadata, types, constants(source, family, config), matrix)

@@ -1,0 +1,118 @@
+"""Which patched weights go up in precision, so that an output of at most a given size errs least.
+
+A first pass over the base: each weight that would be rounded is rounded in its own format and in the finer ones that its
+container has, on some rows spread over it. Its error is the mean square of what rounding changes, relative to that of what
+the patch changes. The format that takes most of this error away for each further byte is taken first, as long as it fits
+(the greedy rule for the knapsack problem; Dantzig, Operations Research 5, 1957).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from edgeport.blocks import as_tensor, read_parts
+from edgeport.errors import BudgetTooSmall, ConvertError, about
+from edgeport.memory import in_words
+from edgeport.planning import Plan
+from edgeport.run import compute, settled
+from edgeport.seams import Promoting, Sink
+from edgeport.steps import Step, rounding_of
+from edgeport.survival import Survival
+from edgeport.tensor import Weight
+
+SAMPLED_ROWS, PLACES = 64, 4
+"""Rows of a weight that are tried, at so many places; whole granules, if they are larger."""
+ALIGNMENT = 32
+"""Bytes to which a container may pad a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A weight's change of format, and its error before and after: that of rounding relative to the patch's change."""
+
+    weight: str
+    origin: str
+    format: str
+    bytes: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A format that a weight could have."""
+
+    stored: Weight
+    error: float
+    nbytes: int
+
+
+def promotions(plan: Plan, most_bytes: int) -> list[Promotion]:
+    """What to promote, in the order of the plan. Raises ConvertError, BudgetTooSmall where nothing can be."""
+    room = most_bytes - plan.bytes_out
+    if room < 0:
+        raise BudgetTooSmall(
+            f"--max-size {in_words(most_bytes)} is less than the {in_words(plan.bytes_out)} of the output without any promotion"
+        )
+    ladders = {step.target.name: list(ladder(step, plan)) for step in plan.steps if step.edits and step.target.codec != "plain"}
+    ladders = {name: choices for name, choices in ladders.items() if len(choices) > 1}
+    if not ladders:
+        raise ConvertError("--promote: no patched weight is stored in a format that the container has a finer one for")
+    chosen = dict.fromkeys(ladders, 0)
+    while moves := list(affordable(ladders, chosen, room)):
+        _, name, index = max(moves)
+        room -= ladders[name][index].nbytes - ladders[name][chosen[name]].nbytes
+        chosen[name] = index
+    return [
+        Promotion(name, own.stored.format, best.stored.format, best.nbytes - own.nbytes, own.error, best.error)
+        for name, index in chosen.items()
+        if index and (own := ladders[name][0]) and (best := ladders[name][index])
+    ]
+
+
+def affordable(
+    ladders: Mapping[str, Sequence[Choice]], chosen: Mapping[str, int], room: int
+) -> Iterator[tuple[float, str, int]]:
+    """Error taken away for each byte, weight, and place on its ladder: every step up that fits and helps."""
+    for name, choices in ladders.items():
+        now = choices[chosen[name]]
+        for index in range(chosen[name] + 1, len(choices)):
+            more, less = choices[index].nbytes - now.nbytes, now.error - choices[index].error
+            if 0 < more <= room and less > 0:
+                yield less / more, name, index
+
+
+def ladder(step: Step, plan: Plan) -> Iterator[Choice]:
+    """The step's own format, and the finer ones that its container has for it."""
+    with about(step.target.name):
+        for stored in (step.target, *finer(plan.sink, step.target)):
+            rule = rounding_of(step.origin, stored, step.edits, plan.method.rounding)
+            tried = settled(replace(step, target=stored, rounding=rule), plan.source)
+            yield Choice(stored, error(tried, plan), -(-stored.nbytes // ALIGNMENT) * ALIGNMENT)
+
+
+def finer(sink: Sink, weight: Weight) -> Sequence[Weight]:
+    return sink.finer(weight) if isinstance(sink, Promoting) else ()
+
+
+def error(step: Step, plan: Plan) -> float:
+    """Mean square of what rounding changes on the sampled rows, relative to what the patch changes there."""
+    applied = [edit.load("cpu") for edit in step.edits]
+    importance = (plan.sink.importance or {}).get(step.target.name)
+    survival = Survival()
+    for rows in sampled(step):
+        parts = {role: as_tensor(data) for role, data in read_parts(plan.source, step.origin, rows).items()}
+        compute(step, rows, parts, applied, importance, survival)
+    return survival.noise()
+
+
+def sampled(step: Step) -> Iterator[range]:
+    """Some whole granules of rows, spread over those that the base has."""
+    granules = max(step.origin.rows // step.granule, 1)
+    each = max(SAMPLED_ROWS // PLACES // step.granule, 1)
+    count = max(min(PLACES, granules // each), 1)
+    for place in range(count):
+        first = place * (granules - each) // max(count - 1, 1) if count > 1 else 0
+        start = first * step.granule
+        yield range(start, min(start + each * step.granule, step.origin.rows))
