@@ -1,10 +1,11 @@
 """A patch on a quantized base, from that base alone: which rounding keeps it, and what it costs.
 
 `python -m bench.quantized [-o results.json] [FORMAT ...]` makes the demo's evolved base (bf16), quantizes it to each
-format, and ports the triage patch onto the quantized base four ways: exactly (float32, four times the size: what the
-rounding is judged against), rounded to nearest as other tools do, stochastically on the base's own grid (edgeport's
-default there), and, as a bar, onto the 16-bit base first and quantized once. Printed: accuracy on the 400 held-out
-questions, KL to the exact port and perplexity on edgeport's probe text, retention, and size.
+format, and ports the triage patch onto the quantized base in several ways: exactly (float32, four times the size: what
+the rounding is judged against), rounded to nearest as other tools do, stochastically on the base's own grid (edgeport's
+default there), and, as a bar, onto the 16-bit base first and quantized once; then at a price in size, with what rounding
+lost as an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar. Printed:
+accuracy on the 400 held-out questions, KL to the exact port and perplexity on edgeport's probe text, retention, and size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ GGUF = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0")
 FOLDERS = ("nf4", "nf4-dq", "int8", "gptq-4", "awq-4")
 TRIAGE = ADAPTERS / "triage"
 TOKENS = 512
+WAYS = ("base", "exact", "nearest", "stochastic", "16-bit first", "residual 8", "residual 32", "promote", "sidecar")
+PROMOTED = 1.1
+"""The size that promotion may use, relative to the base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +46,54 @@ class Row:
     bytes: int
 
 
-def measure(format: str, evolved: Path, folder: Path) -> Iterator[Row]:
-    """The five rows of one format."""
+def ports(format: str, evolved: Path, base: Path, size: int) -> dict[str, dict[str, Any]]:
+    """The ways, in the order of the table, and what makes them. `size`: bytes of the quantized base."""
+    own: dict[str, Any] = {"new_base": base}
+    return {
+        "exact": {**own, "to": "hf", "quant": "f32"},
+        "nearest": {**own, "rounding": "nearest"},
+        "stochastic": {**own, "rounding": "stochastic"},
+        "16-bit first": {"new_base": evolved, "quant": format, "rounding": "nearest"},
+        "residual 8": {**own, "residual": 8},
+        "residual 32": {**own, "residual": 32},
+        "promote": {**own, "promote": True, "max_size": int(size * PROMOTED)},
+        "sidecar": {**own, "sidecar": True},
+    }
+
+
+def measure(format: str, evolved: Path, folder: Path, wanted: Sequence[str], tokens: int) -> Iterator[Row]:
+    """The rows of one format."""
     to = "gguf" if format in GGUF else "hf"
     ending = ".gguf" if to == "gguf" else ""
-    places = {way: folder / f"{way.replace(' ', '-')}{ending}" for way in ("base", "nearest", "stochastic", "16-bit first")}
-    exact = folder / "exact"
-    base = places["base"]
-    receipts: dict[str, Any] = {"base": edgeport.export(model=evolved, output=base, to=to, quant=format)}
-    receipts["exact"] = edgeport.port(patch=TRIAGE, new_base=base, output=exact, to="hf", quant="f32")
-    receipts["16-bit first"] = edgeport.port(
-        patch=TRIAGE, new_base=evolved, output=places["16-bit first"], to=to, quant=format, rounding="nearest", force=True,
-        probe=False,
-    )
-    for rule in ("nearest", "stochastic"):
-        receipts[rule] = edgeport.port(
-            patch=TRIAGE, new_base=base, output=places[rule], to=to, rounding=rule, force=True, probe=False
-        )
-    for way, place in {"base": base, "exact": exact, **places}.items():
-        found = edgeport.compare(place, exact, tokens=TOKENS)
-        asked = ask(place, folder)
-        survival = receipts[way].survival or {}
-        yield Row(
-            format, way, asked["correct"], asked["total"], found.mean_kl, found.candidate_perplexity, survival.get("mean"),
-            receipts[way].bytes_out,
-        )  # fmt: skip
+    base, exact = folder / f"base{ending}", folder / "exact"
+    receipts = {"base": edgeport.export(model=evolved, output=base, to=to, quant=format)}
+    places = {"base": base}
+    for way, options in ports(format, evolved, base, receipts["base"].bytes_out).items():
+        if way in wanted or way == "exact":
+            places[way] = exact if way == "exact" else folder / f"{way.replace(' ', '-')}{ending}"
+            common = {"patch": TRIAGE, "output": places[way], "to": to, "force": True, "probe": False}
+            receipts[way] = edgeport.port(**common | options)
+    for way, place in places.items():
+        if way in wanted:
+            found = edgeport.compare(place, exact, tokens=tokens)
+            asked = ask(place, receipts[way].adapter, folder)
+            survival = receipts[way].survival or {}
+            yield Row(
+                format, way, asked["correct"], asked["total"], found.mean_kl, found.candidate_perplexity, survival.get("mean"),
+                receipts[way].bytes_out,
+            )  # fmt: skip
 
 
-def ask(model: Path, folder: Path) -> dict[str, Any]:
-    """The held-out questions through llama.cpp; a folder is first written as a GGUF of its own numbers."""
-    if model.is_dir():
-        edgeport.export(model=model, output=folder / "asked.gguf", to="gguf", quant="f32", overwrite=True)
-        model = folder / "asked.gguf"
-    return child(["-m", "edgeport.demo.ask", str(model)])
+def ask(model: Path, adapter: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """The held-out questions through llama.cpp; a folder, or a model with an adapter, first becomes one GGUF of its numbers."""
+    asked = folder / "asked.gguf"
+    common: dict[str, Any] = {"new_base": model, "output": asked, "to": "gguf", "quant": "f32", "overwrite": True, "probe": False}
+    if adapter:
+        beside = (model if model.is_dir() else model.parent) / adapter["path"]
+        edgeport.port(patch=beside, **common)
+    elif model.is_dir():
+        edgeport.export(model=model, output=asked, to="gguf", quant="f32", overwrite=True)
+    return child(["-m", "edgeport.demo.ask", str(asked if adapter or model.is_dir() else model)])
 
 
 def cells(row: Row) -> list[str]:
@@ -89,6 +108,8 @@ def cells(row: Row) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join((*GGUF, *FOLDERS))} (default: all)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="rows to make (default: all)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the probe text")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     rows = []
@@ -97,7 +118,7 @@ def main() -> None:
         edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16")
         for format in arguments.formats or (*GGUF, *FOLDERS):
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                for row in measure(format, evolved, Path(folder)):
+                for row in measure(format, evolved, Path(folder), arguments.ways, arguments.tokens):
                     rows.append(row)
                     print("  ".join(cells(row)), flush=True)
     head = ["base", "way", "triage accuracy (95 %)", "KL to exact", "perplexity", "kept", "size"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgeport import device as devices
 from edgeport.errors import UnknownName, WrongBase
-from edgeport.locate import open_model, open_patch
+from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, verify_hashes
 from edgeport.memory import parse_bytes
 from edgeport.planning import Method, Plan, make_plan
@@ -153,10 +153,14 @@ def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
 
 
 def compare(output: Location, against: Location, *, tokens: int = 256, offline: bool = False) -> Comparison:
-    """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time."""
-    from edgeport import probe
+    """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time.
 
-    reference, candidate = open_model(against, offline), open_model(output, offline)
+    An adapter that an output of edgeport has beside it belongs to it.
+    """
+    from edgeport import probe
+    from edgeport.effect import open_whole
+
+    reference, candidate = (open_whole(locate(one, offline)) for one in (against, output))
     return probe.compare(reference, candidate, probe.probe_tokens(reference, tokens))
 
 

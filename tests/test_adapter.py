@@ -83,6 +83,16 @@ def test_the_base_stays_as_it_is_and_peft_loads_the_adapter(tiny_llama: TinyLlam
     assert apart(peft_logits(plain, patch), peft_logits(plain)) > 0.1
 
 
+def test_a_comparison_takes_the_adapter_along(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch")
+    merged = edgeport.port(patch=patch, new_base=base, output=tmp_path / "merged").output
+    for to, name in (("hf", "out"), ("gguf", "out.gguf")):
+        output = edgeport.port(patch=patch, new_base=base, output=tmp_path / name, to=to, sidecar=True).output
+        assert edgeport.compare(output, merged, tokens=64).mean_kl < 1e-6
+    assert edgeport.compare(base, merged, tokens=64).mean_kl > 1e-4
+
+
 def test_two_patches_and_a_scale_are_one_adapter(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base = tiny_llama()
     one = save_patch(base, tmp_path / "one", target_modules=["q_proj", "down_proj"], use_rslora=True)
