@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgeport import device as devices
-from edgeport.errors import UnknownName, WrongBase
+from edgeport.checkpoint import read_json
+from edgeport.errors import TargetMissing, UnknownName, WrongBase
 from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, verify_hashes
 from edgeport.memory import parse_bytes
-from edgeport.planning import Method, Plan, make_plan
+from edgeport.planning import Method, Plan, make_plan, manifest_path
 from edgeport.registry import converter
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
@@ -76,6 +77,8 @@ def plan(
     old = open_model(old_base, offline) if old_base is not None else None
     given = [patch] if isinstance(patch, (str, Path)) else patch
     patches = [open_patch(one, offline) for one in given]
+    if not force:
+        check_whole(source, patches)
     if old is not None and not force:
         for one in patches:
             check_base(one, old)
@@ -162,6 +165,20 @@ def compare(output: Location, against: Location, *, tokens: int = 256, offline: 
 
     reference, candidate = (open_whole(locate(one, offline)) for one in (against, output))
     return probe.compare(reference, candidate, probe.probe_tokens(reference, tokens))
+
+
+def check_whole(source: Source, patches: Sequence[Patch]) -> None:
+    """An adapter that is part of the base is among the patches. Raises TargetMissing."""
+    path = manifest_path(source.path, source.path.is_dir())
+    beside = read_json(path).get("adapter") if path.is_file() else None
+    if not isinstance(beside, dict):
+        return
+    adapter = (source.path if source.path.is_dir() else source.path.parent) / str(beside.get("path"))
+    if all(patch.path.resolve() != adapter.resolve() for patch in patches):
+        raise TargetMissing(
+            f"{source.path.name} has an adapter beside it that is part of it; port it with --patch {adapter}, and any other "
+            "patch after that (port --force takes the base without it)"
+        )
 
 
 def check_base(patch: Patch, old: Source) -> None:

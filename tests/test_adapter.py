@@ -93,6 +93,35 @@ def test_a_comparison_takes_the_adapter_along(tiny_llama: TinyLlama, tmp_path: P
     assert edgeport.compare(base, merged, tokens=64).mean_kl > 1e-4
 
 
+def test_a_base_with_an_adapter_is_not_taken_without_it(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    one, two = save_patch(base, tmp_path / "one"), save_patch(base, tmp_path / "two", seed=3)
+    for to, name, adapter in (("hf", "out", "out/adapter"), ("gguf", "out.gguf", "out.lora.gguf")):
+        output = edgeport.port(patch=one, new_base=base, output=tmp_path / name, to=to, sidecar=True).output
+        for job in (lambda new=output: edgeport.plan(patch=two, new_base=new, output=tmp_path / "next"),
+                    lambda new=output: edgeport.export(model=new, output=tmp_path / "next", to="hf")):  # fmt: skip
+            with pytest.raises(TargetMissing, match=f"part of it; port it with --patch .*{adapter}"):
+                job()
+        both = edgeport.port(patch=[tmp_path / adapter, two], new_base=output, output=tmp_path / f"both-{to}", quant="f32").output
+        direct = edgeport.port(patch=[one, two], new_base=base, output=tmp_path / f"direct-{to}").output
+        assert edgeport.compare(both, direct, tokens=32).mean_kl < 1e-6
+
+
+@pytest.mark.parametrize("quant", ["gptq-4", "awq-4"])
+def test_an_adapter_beside_turned_tensors(quant: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """What is read back of the output lies there column by column."""
+    base = tiny_llama(hidden=128)
+    patch = save_patch(base, tmp_path / "patch", std=0.03)
+    quantized = edgeport.export(model=base, output=tmp_path / "base4", to="hf", quant=quant).output
+    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "probe": False}
+    plain = edgeport.port(**common, output=tmp_path / "plain")
+    beside = edgeport.port(**common, output=tmp_path / "beside", residual=16)
+    sidecar = edgeport.port(**common, output=tmp_path / "sidecar", sidecar=True)
+    error = [{fact.weight: fact.error or 0 for fact in one.facts} for one in (plain, beside, sidecar)]
+    patched = [fact.weight for fact in beside.facts if fact.beside]
+    assert len(patched) == 14 and all(1e-6 > error[2][name] < error[1][name] < 0.95 * error[0][name] for name in patched)
+
+
 def test_two_patches_and_a_scale_are_one_adapter(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base = tiny_llama()
     one = save_patch(base, tmp_path / "one", target_modules=["q_proj", "down_proj"], use_rslora=True)
