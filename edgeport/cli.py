@@ -106,6 +106,8 @@ def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool,
         say(f"note: {note}", quiet)
     with bar(plan.bytes_in, show and not quiet) as progress:
         receipt = run(plan, progress=progress, force=force, command=["edgeport", *sys.argv[1:]])
+    for note in receipt.notes[len(plan.notes) :]:
+        say(f"note: {note}", quiet)
     if verbose:
         say(weights_text(receipt))
     if as_json or not quiet:

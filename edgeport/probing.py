@@ -93,6 +93,8 @@ def decide(
         return Probing(skipped="no patch")
     if wanted is False:
         return Probing(skipped="--no-probe")
+    if wanted is None and not any(step.edits for step in steps):
+        return Probing(skipped="the patch stays beside the model, where nothing rounds it")
     if wanted is None and all(step.target.codec == "plain" for step in steps if step.edits):
         return Probing(skipped="no patched weight is stored in a quantized format")
     absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)

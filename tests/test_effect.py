@@ -117,6 +117,8 @@ def test_a_port_onto_a_quantized_base_is_probed(base: Path, tmp_path: Path) -> N
     assert receipt.to_json()["probe"] == told
     plain = edgeport.port(patch=patch, new_base=base, output=tmp_path / "plain")
     assert plain.to_json()["probe"] == {"skipped": "no patched weight is stored in a quantized format"}
+    aside = edgeport.plan(patch=patch, new_base=quantized, output=tmp_path / "aside.gguf", to="gguf", sidecar=True)
+    assert aside.probing.skipped == "the patch stays beside the model, where nothing rounds it"
     asked = edgeport.port(patch=patch, new_base=base, output=tmp_path / "asked", probe=True)
     assert asked.probe is not None and asked.probe.kept == pytest.approx(1, abs=1e-3) and asked.probe.kl < 1e-6
     beside = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "s.gguf", to="gguf", sidecar=True, probe=True)
