@@ -83,6 +83,7 @@ def stream(
             lane.finish()
             if plan.adapter:
                 facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
+                check_budget(plan)
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
