@@ -87,8 +87,9 @@ def ladder(step: Step, plan: Plan) -> Iterator[Choice]:
     """The step's own format, and the finer ones that its container has for it."""
     with about(step.target.name):
         for stored in (step.target, *finer(plan.sink, step.target)):
-            rule = rounding_of(step.origin, stored, step.edits, plan.method.rounding)
-            tried = settled(replace(step, target=stored, rounding=rule), plan.source)
+            rule = plan.rule.without_inputs
+            rounding = rounding_of(step.origin, stored, step.edits, rule)
+            tried = settled(replace(step, target=stored, rounding=rounding), plan.source, rule)
             yield Choice(stored, error(tried, plan), -(-stored.nbytes // ALIGNMENT) * ALIGNMENT)
 
 
@@ -103,7 +104,7 @@ def error(step: Step, plan: Plan) -> float:
     survival = Survival()
     for rows in sampled(step):
         parts = {role: as_tensor(data) for role, data in read_parts(plan.source, step.origin, rows).items()}
-        compute(step, rows, parts, applied, importance, survival)
+        compute(step, rows, parts, applied, importance, None, survival)
     return survival.noise()
 
 

@@ -26,7 +26,7 @@ from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, on_grid
 from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
-from edgeport.steps import COPY_BYTES, Step, stored_alike
+from edgeport.steps import COPY_BYTES, Rule, Step, stored_alike
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
@@ -58,7 +58,7 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
     return_freed_blocks()
     began = time.perf_counter()
     with torch.no_grad(), Activations(plan, lambda text: progress(text, 0)) as activations:
-        steps = tuple(settled(step, plan) for step in plan.steps)
+        steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         activations.collect(steps)
         return stream(plan, steps, activations, began, progress=progress, force=force, command=command)
 
@@ -216,7 +216,7 @@ def round_on_grid(
     return owner.with_codes(step.target, parts, codes)
 
 
-def settled(step: Step, plan: Plan) -> Step:
+def settled(step: Step, source: Source, rule: Rule) -> Step:
     """The step with its rule decided: do plain numbers lie on, or near, the grid that encoding finds for them?
 
     They do where they were quantized before, and a small drift since then leaves them near it. The first rows tell:
@@ -225,8 +225,8 @@ def settled(step: Step, plan: Plan) -> Step:
     if step.rounding != AUTO:
         return step
     with about(step.target.name):
-        near = grid_distance(step, plan.source) < NEAR_GRID
-    return replace(step, rounding=plan.rule.on_grid(step.target) if near else NEAREST)
+        near = grid_distance(step, source) < NEAR_GRID
+    return replace(step, rounding=rule.on_grid(step.target) if near else NEAREST)
 
 
 def grid_distance(step: Step, source: Source) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import cast
 
@@ -125,6 +125,12 @@ class Rule:
     tokens: int = 0
     """Of the text that calibrated rules see."""
     seed: int = 0
+
+    @property
+    def without_inputs(self) -> Rule:
+        """The same where no layer's inputs are at hand."""
+        calibrated = self.wanted not in (AUTO, NEAREST) and roundings()[self.wanted].calibrated
+        return replace(self, wanted=UNCALIBRATED if calibrated else self.wanted, automatic=UNCALIBRATED)
 
     def on_grid(self, weight: Weight) -> str:
         """What auto takes for one weight on a grid."""
