@@ -275,7 +275,9 @@ class HuggingFace:
     writes = True
 
     def detect(self, path: Path) -> bool:
-        return path.is_dir() and (path / "config.json").is_file()
+        weights = any((path / name).is_file() for name in SINGLE_FILES + INDEXES)
+        # an ONNX folder has a config.json as well
+        return path.is_dir() and (path / "config.json").is_file() and (weights or not (path / "model.onnx").is_file())
 
     def open(self, path: Path) -> Folder:
         return open_folder(path)
@@ -285,6 +287,7 @@ class HuggingFace:
         given = target.imatrix or target.tensor_types or target.output_tensor_type or target.token_embedding_type
         if given:
             raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
+        target.refuse_onnx_options(self.name)
         quant = (target.quant or "").lower().replace("_", "-")  # `edgeport formats` has NF4_DQ and GPTQ_4
         if quant and quant not in {*PRECISIONS, *QUANTS}:
             raise UnknownName(miss([*PRECISIONS, *QUANTS], quant, "--quant of an HF folder"))

@@ -36,6 +36,10 @@ class Options(TypedDict, total=False):
     output_tensor_type: str | None
     token_embedding_type: str | None
     keep_format: bool
+    block_size: int | None
+    asymmetric: bool
+    portable: bool
+    execution_provider: str | None
     max_ram: str | int | None
     max_vram: str | int | None
     device: str
@@ -90,6 +94,10 @@ def plan(
         tensor_types=tuple(options.get("tensor_type", ())),
         output_tensor_type=options.get("output_tensor_type"),
         token_embedding_type=options.get("token_embedding_type"),
+        block_size=options.get("block_size"),
+        asymmetric=options.get("asymmetric", False),
+        portable=options.get("portable", False),
+        execution_provider=options.get("execution_provider"),
     )
     limits = Limits(
         _bytes(options.get("max_ram")), _bytes(options.get("max_vram")), devices.choose(options.get("device", "auto"))

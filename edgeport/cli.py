@@ -34,13 +34,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The output: a folder for hf and onnx, a file for gguf.")]
 To = Annotated[str, typer.Option("--to", help="Container: hf, gguf ...")]
-QUANT_HELP = "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ... (default: as the base)."
+QUANT_HELP = (
+    "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ...; for onnx int8, int4 "
+    "(default: as the base)."
+)
 Quant = Annotated[str | None, typer.Option("--quant", "-p", "--precision", help=QUANT_HELP)]
 ShardSize = Annotated[str | None, typer.Option("--max-shard-size", "--split-max-size", help="Largest output file, such as 5GB.")]
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama.cpp.")]
 TensorType = Annotated[list[str] | None, typer.Option(help="REGEX=TYPE for some tensors; repeats.")]
 OutputType = Annotated[str | None, typer.Option("--output-tensor-type", help="Type of the output head.")]
 EmbeddingType = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embedding.")]
+BlockSize = Annotated[int | None, typer.Option(help="Columns that share a scale: 16, 32, 64 or 128 (onnx; default 32).")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each block (onnx).")]
+Portable = Annotated[bool, typer.Option("--portable", help="Plain ONNX operators, for other runtimes than onnxruntime (onnx).")]
+Provider = Annotated[str | None, typer.Option(help="cpu or cuda: what the graph is made for (onnx; default cpu).")]
 Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
@@ -189,6 +196,10 @@ def port(
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
     keep_format: KeepFormat = False,
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    portable: Portable = False,
+    execution_provider: Provider = None,
     rounding: Rounding = "auto",
     seed: Seed = 0,
     semantics: Semantics = None,
@@ -219,6 +230,7 @@ def port(
             max_vram=max_vram, device=device, overwrite=overwrite, force=force, offline=offline, rounding=rounding,
             probe=probe, calibration=calibration, sidecar=sidecar, residual=residual, keep_format=keep_format, seed=seed,
             semantics=semantics, promote=promote, max_size=max_size,
+            block_size=block_size, asymmetric=asymmetric, portable=portable, execution_provider=execution_provider,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, force, not no_progress, quiet, verbose)
 
@@ -234,6 +246,10 @@ def export(
     tensor_type: TensorType = None,
     output_tensor_type: OutputType = None,
     token_embedding_type: EmbeddingType = None,
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    portable: Portable = False,
+    execution_provider: Provider = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     device: Device = "auto",
@@ -251,7 +267,8 @@ def export(
             new_base=model, output=output, to=to, quant=quant, max_shard_size=max_shard_size, imatrix=imatrix,
             tensor_type=pairs(tensor_type), output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, max_ram=max_ram, max_vram=max_vram, device=device,
-            overwrite=overwrite, offline=offline,
+            overwrite=overwrite, offline=offline, block_size=block_size, asymmetric=asymmetric, portable=portable,
+            execution_provider=execution_provider,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, False, not no_progress, quiet, verbose)
 
@@ -295,8 +312,10 @@ def verify(
             text += f"\nagainst {against}: mean KL {found.mean_kl:.3g} nats, largest {found.max_kl:.3g}, "
             text += f"top-1 agreement {found.top1:.1%}"
         emit(content, as_json, text)
-        if against and max_kl is not None and not found.mean_kl <= max_kl:
-            raise VerificationFailed(f"mean KL {found.mean_kl:.4g} is above --max-kl {max_kl:g}")
+        limit = (found.tolerance if max_kl is None else max_kl) if against else None
+        if limit is not None and not found.mean_kl <= limit:
+            what = "the tolerance of its precision," if max_kl is None else "--max-kl"
+            raise VerificationFailed(f"mean KL {found.mean_kl:.4g} is above {what} {limit:g}")
 
 
 @app.command()

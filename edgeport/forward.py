@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgeport.blocks import decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
 from edgeport.memory import trim_heap
-from edgeport.seams import Source
+from edgeport.seams import Executable, Scorer, Source
 from edgeport.tensor import Weight
 
 if TYPE_CHECKING:
@@ -112,6 +112,11 @@ def stream(source: Source, done: Done = silent) -> Streamed:
             layer.register_forward_hook(lambda *_: done())
     matrix = source.weights[table if tied else name]
     return Streamed(model, source, matrix, None if bias is None else read_whole(source, bias))
+
+
+def scorer(source: Source, done: Done = silent) -> Scorer:
+    """The source's own program where it has one, else the streamed model. Raises what `stream` does."""
+    return source.execute() if isinstance(source, Executable) else stream(source, done)
 
 
 def build(config: Mapping[str, Any]) -> Model:

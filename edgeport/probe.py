@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, VerificationFailed, need
-from edgeport.forward import BLOCK_ELEMENTS, Done, Streamed, block_rows, silent, stream
-from edgeport.seams import Source
+from edgeport.forward import BLOCK_ELEMENTS, Done, block_rows, scorer, silent, stream
+from edgeport.seams import Executable, Scorer, Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +32,8 @@ class Comparison:
     candidate_perplexity: float
     vocabulary: int
     """Tokens that both models have, over which the distributions are taken."""
+    tolerance: float | None = None
+    """Mean KL that the candidate's precision explains; None: its container does not say."""
 
     @property
     def mean_kl(self) -> float:
@@ -51,6 +53,7 @@ class Comparison:
             "positions": len(self.kl),
             "vocabulary": self.vocabulary,
             "mean_kl": self.mean_kl,
+            "tolerance": self.tolerance,
             "max_kl": self.max_kl,
             "top1": self.top1,
             "reference_perplexity": self.reference_perplexity,
@@ -119,6 +122,7 @@ def compare(reference: Source, candidate: Source, tokens: Tensor) -> Comparison:
         reference_perplexity=ours.perplexity(),
         candidate_perplexity=theirs.perplexity(),
         vocabulary=found.vocabulary,
+        tolerance=candidate.tolerance if isinstance(candidate, Executable) else None,
     )
 
 
@@ -142,7 +146,7 @@ def score(sources: Sequence[Source], tokens: Tensor, pairs: Sequence[tuple[int, 
 
     if tokens.shape[1] < 2:
         raise VerificationFailed("a comparison needs a text of at least two tokens")
-    models = [stream(source, done) for source in sources]
+    models = [scorer(source, done) for source in sources]
     vocabulary = common_vocabulary(models)
     states = [finite_states(model, tokens) for model in models]
     tallies = tuple(Tally.start(tokens) for _ in models)
@@ -217,7 +221,7 @@ class Tally:
         return exp(surprise[:, :-1].mean().item())
 
 
-def finite_states(model: Streamed, tokens: Tensor) -> Tensor:
+def finite_states(model: Scorer, tokens: Tensor) -> Tensor:
     """`model.hidden(tokens)`. Raises NonFiniteResult where it is no numbers."""
     states = model.hidden(tokens)
     if not bool(states.isfinite().all()):
@@ -227,14 +231,14 @@ def finite_states(model: Streamed, tokens: Tensor) -> Tensor:
     return states
 
 
-def vocabulary_blocks(models: Sequence[Streamed], positions: int, vocabulary: int) -> Iterator[range]:
+def vocabulary_blocks(models: Sequence[Scorer], positions: int, vocabulary: int) -> Iterator[range]:
     """Cut the vocabulary so that a block of any head, and the logits it gives, stay about BLOCK_ELEMENTS."""
     step = min(*(block_rows(model.head) for model in models), max(BLOCK_ELEMENTS // positions, 1))
     for start in range(0, vocabulary, step):
         yield range(start, min(start + step, vocabulary))
 
 
-def common_vocabulary(models: Sequence[Streamed]) -> int:
+def common_vocabulary(models: Sequence[Scorer]) -> int:
     """The number of tokens that all heads have. Raises VerificationFailed unless further rows are mere padding."""
     sizes = [model.head.rows for model in models]
     if len(set(sizes)) == 1:

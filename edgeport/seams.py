@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from edgeport.errors import ConvertError
 from edgeport.tensor import Arrangement, TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -326,10 +327,55 @@ class Target:
     token_embedding_type: str | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
     """The format of single weights, by name, whatever else is asked: what a promotion decides."""
+    block_size: int | None = None
+    asymmetric: bool = False
+    portable: bool = False
+    execution_provider: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """config.json as it has to be after the patches (tie_word_embeddings, vocab_size)."""
     assets: Mapping[str, Path] = field(default_factory=dict)
     """Files of the patch that replace the source's own."""
+
+    def refuse_onnx_options(self, container: str) -> None:
+        """Raises ConvertError where one was given."""
+        if self.block_size or self.asymmetric or self.portable or self.execution_provider:
+            raise ConvertError(
+                f"--block-size, --asymmetric, --portable and --execution-provider are for --to onnx, not for --to {container}"
+            )
+
+
+class Scorer(Protocol):
+    """A causal language model that says what comes next, for `edgeport.probe`."""
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def head(self) -> Weight:
+        """The matrix of the logits: its rows are the vocabulary."""
+        ...
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """For int64 `tokens` [batch, length]: what `logits` is to be given, [batch, length, any]."""
+        ...
+
+    def logits(self, tokens: Tensor, hidden: Tensor, rows: range) -> Tensor:
+        """float32 [batch, length, len(rows)]: logits of the tokens `rows` of the vocabulary."""
+        ...
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """What a source is, besides a `Source`, whose container holds the program as well as the numbers."""
+
+    @property
+    def tolerance(self) -> float:
+        """Mean KL to the model that it was made of, in nats, above which something is wrong."""
+        ...
+
+    def execute(self) -> Scorer:
+        """The container's own program, run by its own runtime. Raises MissingExtra."""
+        ...
 
 
 class Converter(Protocol):

@@ -18,9 +18,9 @@ from converters.gguf.families import (
     Family,
     family,
     family_of,
-    llama3_factors,
     llama3_scaling,
 )
+from converters.rotary import llama3_factors
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
 
 SMALL = {

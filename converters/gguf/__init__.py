@@ -269,6 +269,7 @@ class Gguf:
     def sink(self, source: Source, target: Target) -> GGUFSink:
         if target.output.suffix != ".gguf":
             raise ConvertError(f"the output {target.output.name} should end in .gguf, as llama.cpp expects")
+        target.refuse_onnx_options(self.name)
         with well_formed():
             return self.described_sink(source, target)
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf.keyvalues import KV, kv
+from converters.rotary import LLAMA3_DEFAULTS, llama3_factors, rotary_settings
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture, need
 from edgeport.tensor import AS_IS, Arrangement
 
@@ -74,7 +75,6 @@ TENSORS = (
 DROPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
 
 ROPE_FREQS = "rope_freqs.weight"
-LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Family:
             if (value := config.get(name)) is None:
                 raise ConvertError(f"config.json says nothing of {name}, which a GGUF of {self.arch} needs")
             metadata[f"{self.arch}.{key}"] = kv(kind, value)
-        rope = _rope(config)
+        rope = rotary_settings(config)
         metadata[f"{self.arch}.rope.dimension_count"] = kv("UINT32", config["head_dim"])
         metadata[f"{self.arch}.rope.freq_base"] = kv("FLOAT32", rope["rope_theta"])
         if rope["rope_type"] in ("linear", "yarn"):
@@ -188,7 +188,7 @@ class Family:
 
     def constants(self, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
         """Tensors that a GGUF needs and a checkpoint has not."""
-        rope = _rope(config)
+        rope = rotary_settings(config)
         if rope["rope_type"] != "llama3":
             return {}
         return {ROPE_FREQS: llama3_factors(rope, self._full(config)["head_dim"])}
@@ -214,7 +214,7 @@ class Family:
     def _check(self, config: Mapping[str, Any]) -> None:
         """Raises UnsupportedArchitecture for settings that llama.cpp has no word for."""
         refused = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and name not in self.biased]
-        rope = _rope(config)
+        rope = rotary_settings(config)
         if rope["rope_type"] not in self.rope_types:
             refused.append(f"rope_type {rope['rope_type']!r}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -312,25 +312,6 @@ def family_of(arch: str) -> Family:
     raise UnsupportedArchitecture(f"no table for a GGUF of architecture {arch!r}; supported: {known}")
 
 
-def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
-    """[head_dim / 2] divisors of the rotary frequencies (`LlamaModel.generate_extra_tensors` of the converter).
-
-    float32 at every step, as there: the file is to be the same to the bit.
-    """
-    import numpy as np
-
-    low, high, context = (rope.get(name, default) for name, default in LLAMA3_DEFAULTS.items())
-    factor = rope.get("factor", 8.0)
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # Powers in float64, then rounded: numpy's own float32 powers are off by a bit here and there.
-    frequencies = 1 / np.power(float(rope["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
-    wavelengths = np.float32(2 * math.pi) / frequencies
-    smooth = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
-    between = 1 / ((1 - smooth) / np.float32(factor) + smooth)
-    factors = np.where(wavelengths < context / high, 1, np.where(wavelengths > context / low, factor, between))
-    return factors.astype(np.float32)
-
-
 def llama3_scaling(factors: NDArray[np.float32], head_dim: int, theta: float) -> dict[str, Any]:
     """The `rope_scaling` whose `llama3_factors` these are. Raises UnmappedTensor where no known one is."""
     import numpy as np
@@ -343,20 +324,6 @@ def llama3_scaling(factors: NDArray[np.float32], head_dim: int, theta: float) ->
             f"{ROPE_FREQS} holds factors that are not Llama 3's formula with a factor of {rope['factor']:g}:"
             " transformers has no setting for them"
         )
-    return rope
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one dict, from transformers 4's two keys or transformers 5's one."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope = {name: value for name, value in rope.items() if value is not None}
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind or "default")
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise UnsupportedArchitecture("config.json has rotary settings for each kind of layer, which no GGUF here can say")
-    if config.get("original_max_position_embeddings"):
-        rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
     return rope
 
 

@@ -1,0 +1,122 @@
+"""ONNX: a folder with the graph of a decoder, its weights in one file beside it, and what runtimes want to know of it.
+
+`families` says what is computed, `decoder` in which order, `fused` and `portable` by which operators, `precisions` in
+which numbers, `graph` how all that is spelled; `genai` describes it to onnxruntime-genai. Here they become a Sink.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.onnx import genai
+from converters.onnx.decoder import write
+from converters.onnx.families import Decoder, family
+from converters.onnx.fused import Fused
+from converters.onnx.graph import Graph
+from converters.onnx.installed import check_operators
+from converters.onnx.portable import Portable
+from converters.onnx.precisions import Settings, settings
+from edgeport.codecs import nbits
+from edgeport.errors import ConvertError, CorruptCheckpoint, about
+from edgeport.registry import codec
+from edgeport.seams import FileLayout, Source, Target
+from edgeport.tensor import HEAD, Arrangement, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+ABOUT = "edgeport"
+"""The key of the model's metadata under which its settings stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSink:
+    """Writes a folder: the model's graph, its weights, and configuration and tokenizer files."""
+
+    source: Source
+    target: Target
+    decoder: Decoder
+    settings: Settings
+    folder: bool = True
+    importance: Mapping[str, Tensor] | None = None
+    notes: Sequence[str] = ()
+
+    def place(self, weight: Weight) -> Weight:
+        with about(weight.name):
+            return placed(weight, self.decoder, self.settings)
+
+    def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
+        graph = described(self.decoder, self.settings, {weight.name: weight for weight in weights})
+        offsets, size = graph.places()
+        model = graph.serialize(DATA, offsets, {ABOUT: self.settings.to_json()})
+        check_operators(model)
+        return [FileLayout(MODEL, len(model), ((0, model),), {}), FileLayout(DATA, size, (), offsets)]
+
+    def finish(self, staging: Path) -> None:
+        """Copy tokenizer files verbatim; write what config.json and genai_config.json have to say of this output."""
+        for name, path in {**self.source.assets(staging), **self.target.assets}.items():
+            if path.parent != staging:
+                shutil.copyfile(path, staging / name)
+        config = {key: value for key, value in self.target.config.items() if key != "quantization_config"}
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        described = genai.config(config, generation(staging), self.decoder, self.settings, MODEL)
+        (staging / "genai_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def generation(folder: Path) -> Mapping[str, Any]:
+    path = folder / "generation_config.json"
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def placed(weight: Weight, decoder: Decoder, settings: Settings) -> Weight:
+    """How the output stores a weight. Raises UnmappedTensor, CorruptCheckpoint, BlockMismatch."""
+    role = decoder.role(weight.name)
+    if weight.shape != (expected := decoder.shape(weight.name)):
+        raise CorruptCheckpoint(f"it has shape {list(weight.shape)} where config.json says {list(expected)}")
+    if role in ("norm", "bias"):
+        stored = codec("plain").layout(weight.name, weight.shape, settings.kind)
+        return replace(stored, arrangement=Arrangement(shift=decoder.norm_shift)) if role == "norm" else stored
+    precision = settings.of(role, decoder.tied)
+    if precision.bits:
+        return nbits.lay_out(weight.name, weight.shape, settings.blocks(precision))
+    stored = codec("plain").layout(weight.name, weight.shape, precision.format)
+    return weight if weight == stored else stored
+
+
+def described(decoder: Decoder, settings: Settings, weights: Mapping[str, Weight]) -> Graph:
+    """The graph that computes with these weights. Raises MissingTensor."""
+    graph = Graph()
+    operators = (Portable if settings.portable else Fused)(graph, decoder, weights, settings.kind)
+    write(graph, replace(decoder, tied=HEAD not in weights and decoder.tied), operators)
+    return graph
+
+
+class Onnx:
+    name = "onnx"
+    reads = True
+    writes = True
+
+    def detect(self, path: Path) -> bool:
+        return (path / MODEL).is_file()
+
+    def open(self, path: Path) -> Source:
+        from converters.onnx.source import open_folder
+
+        return open_folder(path)
+
+    def sink(self, source: Source, target: Target) -> OnnxSink:
+        given = target.imatrix or target.tensor_types or target.max_shard_bytes
+        if given:
+            raise ConvertError("--imatrix, --tensor-type and --max-shard-size are not for --to onnx")
+        chosen = settings(target, source)
+        decoder = family(target.config).decoder(target.config)
+        return OnnxSink(source, target, decoder, chosen)
+
+
+converter = Onnx()

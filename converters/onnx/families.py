@@ -1,0 +1,213 @@
+"""Model families as tables: what a config.json says of the decoder that an ONNX graph has to compute.
+
+A setting that the graph would not follow is refused, not dropped. Source: transformers' modeling files of each family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converters.rotary import frequencies, rotary_settings
+from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
+from edgeport.tensor import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Config = Mapping[str, Any]
+QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = (*QUERY_KEY_VALUE, "self_attn.o_proj")
+FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+FINAL_NORM = "model.norm"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """What the graph computes."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    epsilon: float
+    frequencies: NDArray[np.float32]
+    """[head_dim / 2]: angles from one position to the next."""
+    rotary_scale: float
+    scale: float
+    """Of the product of query and key."""
+    windows: tuple[int, ...]
+    """Of each layer: how many tokens it attends to, itself included; 0: all."""
+    softcap: float
+    """Of attention scores: softcap * tanh(score / softcap); 0: none."""
+    final_softcap: float
+    """Of the logits."""
+    embedding_scale: float
+    activation: str
+    """"silu" or "gelu_pytorch_tanh"."""
+    biased: frozenset[str]
+    """Those linear layers of a decoder layer that have a bias."""
+    query_key_norm: bool
+    sandwich: bool
+    """Whether attention and feed-forward are normalised after as well as before."""
+    norm_shift: float
+    """What is added to the stored weight of a norm."""
+    tied: bool
+
+    @property
+    def layer_weights(self) -> frozenset[str]:
+        """The names of one layer's weights, without `model.layers.N.`."""
+        norms = NORMS + ("pre_feedforward_layernorm", "post_feedforward_layernorm") * self.sandwich
+        norms += ("self_attn.q_norm", "self_attn.k_norm") * self.query_key_norm
+        return frozenset(
+            [f"{name}.weight" for name in (*ATTENTION, *FEED_FORWARD, *norms)] + [f"{name}.bias" for name in self.biased]
+        )
+
+    def names(self) -> list[str]:
+        """Of all weights, with the head."""
+        layers = [f"model.layers.{layer}.{name}" for layer in range(self.layers) for name in sorted(self.layer_weights)]
+        return [EMBEDDING, *layers, f"{FINAL_NORM}.weight", HEAD]
+
+    def has_bias(self, module: str) -> bool:
+        """Of a linear layer by its full name."""
+        return module.split(".", 3)[-1] in self.biased
+
+    def role(self, name: str) -> str:
+        """ "linear", "norm", "bias", "embedding" or "head". Raises UnmappedTensor for a weight that has no place."""
+        if name in (EMBEDDING, HEAD):
+            return "embedding" if name == EMBEDDING else "head"
+        if name == f"{FINAL_NORM}.weight":
+            return "norm"
+        found = LAYER.fullmatch(name)
+        if not found or int(found[1]) >= self.layers or f"{found[2]}.{found[3]}" not in self.layer_weights:
+            raise UnmappedTensor(f"the ONNX graph of this model has no place for the tensor {name}")
+        return "bias" if found[3] == "bias" else "norm" if found[2].endswith("norm") else "linear"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the graph needs the weight `name` in."""
+        query, narrow, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.feed_forward
+        module, _, kind = name.rpartition(".")
+        stem = module.rpartition(".")[2]
+        rows, columns = {
+            "q_proj": (query, self.hidden), "k_proj": (narrow, self.hidden), "v_proj": (narrow, self.hidden),
+            "o_proj": (self.hidden, query), "gate_proj": (wide, self.hidden), "up_proj": (wide, self.hidden),
+            "down_proj": (self.hidden, wide), "q_norm": (self.head_dim, 0), "k_norm": (self.head_dim, 0),
+            "embed_tokens": (self.vocabulary, self.hidden), "lm_head": (self.vocabulary, self.hidden),
+        }.get(stem, (self.hidden, 0))  # fmt: skip
+        return (rows, columns) if columns and kind == "weight" else (rows,)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What one family's configs have in common."""
+
+    name: str
+    """model_type."""
+    architecture: str
+    activation: str = "silu"
+    always_biased: tuple[str, ...] = ()
+    attention_bias: bool = False
+    """Whether config.json's attention_bias is followed, and mlp_bias below."""
+    mlp_bias: bool = False
+    query_key_norm: bool = False
+    sandwich: bool = False
+    windows: Callable[[Config, int], bool] = lambda config, layer: False
+    """Whether a layer's attention is cut off at sliding_window, where config.json has no layer_types."""
+    defaults: tuple[tuple[str, Any], ...] = ()
+    """What config.json may leave out."""
+
+    def decoder(self, config: Config) -> Decoder:
+        """Raises UnsupportedArchitecture, ConvertError."""
+        # null is a value too: a Mistral whose sliding_window is null has none, whatever the default
+        given = {name: value for name, value in {**dict(self.defaults), **config}.items() if value is not None}
+        try:
+            hidden, heads, layers = (given[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+            head_dim, positions = given.get("head_dim", hidden // heads), given["max_position_embeddings"]
+            angles, rotary_scale = frequencies(rotary_settings(given), head_dim, positions)
+            self.refuse(given, layers)
+            gemma = self.sandwich
+            return Decoder(
+                hidden, given["intermediate_size"], layers, heads, given.get("num_key_value_heads", heads), head_dim,
+                given["vocab_size"], positions, given["rms_norm_eps"], angles, rotary_scale,
+                scale=float(given.get("query_pre_attn_scalar", head_dim)) ** -0.5,
+                windows=tuple(self.window(given, layer) for layer in range(layers)),
+                softcap=float(given.get("attn_logit_softcapping", 0)) if gemma else 0.0,
+                final_softcap=float(given.get("final_logit_softcapping", 0)) if gemma else 0.0,
+                embedding_scale=hidden**0.5 if gemma else 1.0, activation=self.activation,
+                biased=frozenset(
+                    (*self.always_biased, *ATTENTION * bool(given.get("attention_bias") and self.attention_bias),
+                     *FEED_FORWARD * bool(given.get("mlp_bias") and self.mlp_bias))
+                ),
+                query_key_norm=self.query_key_norm, sandwich=self.sandwich, norm_shift=float(gemma),
+                tied=bool(given.get("tie_word_embeddings", gemma)),
+            )  # fmt: skip
+        except KeyError as error:
+            raise ConvertError(f"config.json says nothing of {error.args[0]}, which the graph of {self.name} needs") from error
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConvertError(
+                f"config.json holds a value of another kind than transformers writes ({type(error).__name__}: {error})"
+            ) from error
+
+    def window(self, config: Config, layer: int) -> int:
+        kinds = config.get("layer_types")
+        sliding = kinds[layer] == "sliding_attention" if kinds else self.windows(config, layer)
+        return int(config.get("sliding_window", 0)) if sliding else 0
+
+    def refuse(self, config: Config, layers: int) -> None:
+        """Raises UnsupportedArchitecture for settings that change the model and have no place in the graph."""
+        refused = [
+            name for name, known in (("attention_bias", self.attention_bias), ("mlp_bias", self.mlp_bias))
+            if config.get(name) and not known
+        ]  # fmt: skip
+        # Gemma's first configs have a hidden_act that its code does not read
+        key = "hidden_activation" if self.sandwich else "hidden_act"
+        if config.get(key, self.activation) != self.activation:
+            refused.append(f"{key} {config[key]!r}")
+        kinds = config.get("layer_types") or ["full_attention"] * layers
+        if len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+            refused.append("layer_types")
+        refused += ["use_bidirectional_attention"] if config.get("use_bidirectional_attention") else []
+        if refused:
+            raise UnsupportedArchitecture(f"the ONNX graph of {self.name} does not compute: {', '.join(refused)}")
+
+
+def _beyond_max_window_layers(config: Config, layer: int) -> bool:
+    return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
+
+
+_QWEN = (("max_position_embeddings", 32768), ("rms_norm_eps", 1e-6))
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", attention_bias=True, mlp_bias=True,
+           defaults=(("max_position_embeddings", 2048), ("rms_norm_eps", 1e-6))),
+    Family("mistral", "MistralForCausalLM", windows=lambda config, layer: True,
+           defaults=(("max_position_embeddings", 131072), ("rms_norm_eps", 1e-6), ("num_key_value_heads", 8),
+                     ("sliding_window", 4096))),
+    Family("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh", sandwich=True, attention_bias=True,
+           windows=lambda config, layer: layer % 2 == 0,
+           defaults=(("max_position_embeddings", 8192), ("rms_norm_eps", 1e-6), ("head_dim", 256),
+                     ("num_key_value_heads", 4), ("query_pre_attn_scalar", 256), ("sliding_window", 4096),
+                     ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))),
+    Family("qwen2", "Qwen2ForCausalLM", always_biased=QUERY_KEY_VALUE, windows=_beyond_max_window_layers, defaults=_QWEN),
+    Family("qwen3", "Qwen3ForCausalLM", attention_bias=True, query_key_norm=True, windows=_beyond_max_window_layers,
+           defaults=(*_QWEN, ("head_dim", 128))),
+)  # fmt: skip
+
+
+def family(config: Config) -> Family:
+    """The family of a config.json. Raises UnsupportedArchitecture."""
+    classes = config.get("architectures") or ()
+    for entry in FAMILIES:
+        if entry.architecture in classes or (not classes and config.get("model_type") == entry.name):
+            return entry
+    named = ", ".join(map(str, classes)) or config.get("model_type") or "a config.json without architectures"
+    known = ", ".join(entry.architecture for entry in FAMILIES)
+    raise UnsupportedArchitecture(f"there is no ONNX graph for {named}; supported: {known}")

@@ -1,0 +1,127 @@
+"""onnxruntime's own operators: a layer is four matrix products, one attention and two norms, as fast as it has them.
+
+Source: onnxruntime docs/ContribOperators.md (GroupQueryAttention, MatMulNBits, GatherBlockQuantized ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from converters.onnx.decoder import IDS, MASK, PAST, PRESENT
+from converters.onnx.families import QUERY_KEY_VALUE, Decoder
+from converters.onnx.graph import MICROSOFT, Graph
+from converters.onnx.matrices import Matrix, matrix
+from edgeport.codecs.nbits import Blocks
+from edgeport.tensor import EMBEDDING, Weight
+
+ACCURACY = 4
+"""Of products with 4 and 8 bit matrices: activations are rounded to 8 bits, in blocks."""
+
+
+@dataclass
+class Fused:
+    graph: Graph
+    decoder: Decoder
+    weights: Mapping[str, Weight]
+    kind: str = "F32"
+    shared: list[str] = field(default_factory=list)
+    """Of all layers' attention: lengths, total length, cosines, sines."""
+
+    def begin(self) -> None:
+        """Lengths from the mask; cosines and sines of all positions, which onnxruntime computes once, when it loads."""
+        graph, decoder = self.graph, self.decoder
+        kept = graph("ReduceSum", MASK, graph.constant([1], "int64"), keepdims=0)
+        lengths = graph("Cast", graph("Sub", kept, graph.constant(1, "int64")), to=6)
+        total = graph("Cast", graph("Gather", graph("Shape", MASK), graph.constant(1, "int64")), to=6)
+        ends = (graph.constant(end, "float32") for end in (0, decoder.positions, 1))
+        positions = graph("Unsqueeze", graph("Range", *ends), graph.constant([1], "int64"))
+        angles = graph("Mul", positions, graph.constant(decoder.frequencies[None], "float32"))
+        tables = [graph(function, angles) for function in ("Cos", "Sin")]
+        if decoder.rotary_scale != 1:
+            tables = [graph("Mul", table, graph.constant(decoder.rotary_scale, "float32")) for table in tables]
+        if self.kind != "F32":
+            tables = [graph.cast(table, self.kind) for table in tables]
+        self.shared = [lengths, total, *tables]
+
+    def embed(self) -> str:
+        graph, table = self.graph, matrix(self.graph, self.weights, [EMBEDDING.removesuffix(".weight")])
+        blocks = table.blocks
+        if blocks is None:
+            format = table.weights[0].format
+            rows = graph("Gather", table.view("data", format, [table.rows, table.columns]), IDS)
+            return rows if format == self.kind else graph.cast(rows, self.kind)
+        bytes_a_row = table.columns * blocks.bits // 8
+        inputs = [table.view("codes", "U8", [table.rows, bytes_a_row], ".rows"), IDS, table.scales()]
+        inputs += [self.zeros(table, blocks)] if not blocks.symmetric else []
+        return graph(
+            "GatherBlockQuantized", *inputs, domain=MICROSOFT, bits=blocks.bits, block_size=blocks.size, gather_axis=0,
+            quantize_axis=1,
+        )  # fmt: skip
+
+    def linear(self, value: str, modules: Sequence[str], out: str = "") -> str:
+        graph, layers = self.graph, matrix(self.graph, self.weights, modules)
+        bias = ""
+        if self.decoder.has_bias(modules[0]):
+            bias = matrix(graph, self.weights, modules, "bias").view("data", self.kind, [layers.rows])
+        blocks = layers.blocks
+        if blocks is None:
+            product = graph("FusedMatMul", value, layers.plain(self.kind), out="" if bias else out, domain=MICROSOFT, transB=1)
+            return graph("Add", product, bias, out=out) if bias else product
+        codes = layers.view("codes", "U8", [layers.rows, layers.count, blocks.size * blocks.bits // 8])
+        zeros = "" if blocks.symmetric else self.zeros(layers, blocks)
+        inputs = [value, codes, layers.scales(), zeros, "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        return graph(
+            "MatMulNBits", *inputs, out=out, domain=MICROSOFT, K=layers.columns, N=layers.rows, bits=blocks.bits,
+            block_size=blocks.size, accuracy_level=ACCURACY,
+        )  # fmt: skip
+
+    def zeros(self, layers: Matrix, blocks: Blocks) -> str:
+        return layers.view("zeros", "U8", [layers.rows, -(-layers.count * blocks.bits // 8)])
+
+    def norm(self, value: str, module: str) -> str:
+        return self.graph("SimplifiedLayerNormalization", value, self.gain(module), axis=-1, epsilon=self.decoder.epsilon)
+
+    def add_norm(self, value: str, change: str, module: str) -> tuple[str, str]:
+        outputs = [f"{module}.out", "", "", f"{module}.sum"]
+        inputs = [value, change, self.gain(module)]
+        self.graph("SkipSimplifiedLayerNormalization", *inputs, out=outputs, domain=MICROSOFT, epsilon=self.decoder.epsilon)
+        return outputs[0], outputs[3]
+
+    def gain(self, module: str) -> str:
+        stored = matrix(self.graph, self.weights, [module])
+        return stored.view("data", self.kind, [stored.columns])
+
+    def attend(self, value: str, layer: int, prefix: str) -> str:
+        decoder, modules = self.decoder, [prefix + name for name in QUERY_KEY_VALUE]
+        packed = self.linear(value, modules)
+        query, key, values = (packed, "", "") if not decoder.query_key_norm else self.normed_heads(packed, prefix)
+        past = [PAST.format(layer, which) for which in ("key", "value")]
+        present = [PRESENT.format(layer, which) for which in ("key", "value")]
+        return self.graph(
+            "GroupQueryAttention", query, key, values, *past, *self.shared, out=[f"{prefix}attention", *present],
+            domain=MICROSOFT, num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.scale, do_rotary=1,
+            softcap=decoder.softcap, local_window_size=decoder.windows[layer] or -1,
+        )  # fmt: skip
+
+    def normed_heads(self, packed: str, prefix: str) -> tuple[str, str, str]:
+        """Query and key with every head normalised, and value."""
+        graph, decoder = self.graph, self.decoder
+        sizes = np.array([decoder.heads, decoder.kv_heads, decoder.kv_heads]) * decoder.head_dim
+        names = [prefix + "self_attn." + name for name in ("query", "key", "value")]
+        graph("Split", packed, graph.constant(sizes, "int64"), out=names, axis=-1)
+        by_head, flat = graph.constant([0, 0, -1, decoder.head_dim], "int64"), graph.constant([0, 0, -1], "int64")
+        normed = [
+            graph("Reshape", self.norm(graph("Reshape", name, by_head), f"{prefix}self_attn.{which}_norm"), flat)
+            for name, which in zip(names, "qk", strict=False)
+        ]
+        return normed[0], normed[1], names[2]
+
+    def activate(self, value: str) -> str:
+        if self.decoder.activation == "silu":
+            return self.graph("QuickGelu", value, domain=MICROSOFT, alpha=1.0)
+        return self.graph("FastGelu", value, domain=MICROSOFT)

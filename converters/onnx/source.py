@@ -1,0 +1,128 @@
+"""An ONNX folder that edgeport wrote, opened by its graph: its weights under their own names, and its program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.hf import asset_files
+from converters.onnx import ABOUT, DATA, MODEL, described, placed
+from converters.onnx.families import family
+from converters.onnx.precisions import PRECISIONS, Settings, read_settings
+from edgeport.checkpoint import read_json, read_range
+from edgeport.errors import CorruptCheckpoint, NotACheckpoint, need
+from edgeport.registry import codec
+from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgeport.runtime import Runner
+
+CHUNK, SINGLE = 64, 16
+"""Tokens of a text that are read together, and at its end one by one: the ways in which a cache is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSource:
+    path: Path
+    config: Mapping[str, Any]
+    settings: Settings
+    weights: Mapping[str, Weight]
+    offsets: Mapping[str, int]
+    """Of stored tensors in the data file."""
+    container: str = "onnx"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path / MODEL, self.path / DATA]
+
+    @property
+    def tolerance(self) -> float:
+        """Of its coarsest matrices."""
+        names = {self.settings.precision, self.settings.head, self.settings.embedding}
+        return max(PRECISIONS[name].tolerance for name in names)
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        offset = self.offsets[spec.name]
+        return read_range(self.path / DATA, offset + start, offset + stop)
+
+    def assets(self, staging: Path) -> Mapping[str, Path]:
+        return asset_files(self.path)
+
+    def execute(self) -> Executed:
+        from edgeport.runtime import Runner
+
+        head = self.weights.get(HEAD, self.weights[EMBEDDING])
+        return Executed(self, head, Runner(self.path, provider=self.settings.provider))
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """The graph as `edgeport.probe` wants a model."""
+
+    source: OnnxSource
+    head: Weight
+    runner: Runner
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The logits themselves, float32 [batch, length, vocabulary]: a graph gives no others."""
+        import torch
+
+        self.runner.reset()
+        length = tokens.shape[1]
+        together = max(length - SINGLE, 1)
+        edges = [*range(0, together, CHUNK), *range(together, length + 1)]
+        pieces = [tokens[:, start:stop].numpy() for start, stop in pairwise(edges)]
+        logits = torch.cat([torch.from_numpy(self.runner.step(piece)) for piece in pieces], dim=1)
+        self.runner.reset()
+        return logits
+
+    def logits(self, tokens: Tensor, hidden: Tensor, rows: range) -> Tensor:
+        return hidden[..., rows.start : rows.stop]
+
+
+def open_folder(path: Path) -> OnnxSource:
+    """Raises NotACheckpoint for another program's ONNX, CorruptCheckpoint."""
+    if not (path / "config.json").is_file():
+        raise NotACheckpoint(f"{path} has a {MODEL} and no config.json: it is not an output of edgeport, or not a whole one")
+    config, model = read_json(path / "config.json"), read_model(path / MODEL)
+    about = {entry.key: entry.value for entry in model.metadata_props}.get(ABOUT)
+    if about is None:
+        raise NotACheckpoint(
+            f"{path / MODEL} was not written by edgeport, which reads ONNX of its own alone; give the model that it was made of"
+        )
+    places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer}
+    decoder = family(config).decoder(config)
+    names = [name for name in decoder.names() if name != HEAD or HEAD in places or not decoder.tied]
+    try:
+        settings = read_settings(about)
+        weights = {name: placed(blank(name, decoder.shape(name)), decoder, settings) for name in names}
+        offsets: dict[str, int] = {}
+        for view, (_, _, parts) in described(decoder, settings, weights).views.items():
+            begin = int(places[view]["offset"])
+            for part in parts:
+                offsets[part.spec.name] = begin
+                begin += part.spec.nbytes
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{path / MODEL} is not as this version of edgeport writes it ({type(error).__name__}: {error}); export it anew"
+        ) from error
+    return OnnxSource(path, config, settings, weights, offsets)
+
+
+def blank(name: str, shape: tuple[int, ...]) -> Weight:
+    return codec("plain").layout(name, shape, "F32")
+
+
+def read_model(path: Path) -> Any:
+    """The graph without its weights. Raises CorruptCheckpoint, MissingExtra."""
+    onnx = need("onnx", "onnx")
+    decode_error = need("google.protobuf.message", "onnx").DecodeError
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except decode_error as error:
+        raise CorruptCheckpoint(f"{path.name} is not an ONNX model ({error})") from error

@@ -1,0 +1,111 @@
+"""A decoder in ONNX through onnxruntime: text in chunks, a cache that stays on the device, greedy continuation.
+
+For every graph with transformers' names: input_ids, attention_mask, past_key_values.N.key, logits, present.N.key. An input
+called position_ids is fed too, so that graphs of other exporters run beside edgeport's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.errors import ConvertError, NotACheckpoint, UnknownName, need
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+NUMPY = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+ERRORS_ONLY = 3
+"""onnxruntime's log level."""
+
+
+class Runner:
+    """One model and the cache of what it has read so far."""
+
+    def __init__(self, model: Path | str, *, provider: str = "cpu", threads: int | None = None) -> None:
+        """`model`: an .onnx file, or a folder with a `model.onnx`. `threads` None: as many as the machine has cores.
+
+        Raises NotACheckpoint, UnknownName, ConvertError, MissingExtra.
+        """
+        runtime = need("onnxruntime", "onnx")
+        path = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
+        if not path.is_file():
+            raise NotACheckpoint(f"{path} does not exist; a folder written with --to onnx was expected")
+        if provider not in PROVIDERS:
+            raise UnknownName(f"no execution provider is called {provider!r} (known: {', '.join(PROVIDERS)})")
+        if PROVIDERS[provider] not in runtime.get_available_providers():
+            raise ConvertError(f"the installed onnxruntime has no {PROVIDERS[provider]}; put 'edgeport[onnx-gpu]' in its place")
+        options = runtime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+        except Exception as error:  # onnxruntime's own errors have no common base
+            raise ConvertError(f"onnxruntime cannot load {path.name}: {str(error).splitlines()[0]}") from error
+        self.values: Any = runtime.OrtValue
+        self.device = provider
+        self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
+        self.past = {name: name.replace("past_key_values", "present") for name in self.inputs if name.startswith("past")}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.cache: dict[str, Any] = {}
+        self.mask: NDArray[np.int64] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache holds, of each sequence."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def step(self, tokens: Sequence[Sequence[int]] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read int64 `tokens` [batch, length] after what was read so far; float32 logits [batch, length, vocabulary]."""
+        import numpy as np
+
+        ids = np.ascontiguousarray(tokens, np.int64)
+        batch, length = ids.shape
+        if batch > 1 and length > 1 and self.length:
+            # more than onnxruntime's grouped-query attention takes at once
+            return np.concatenate([self.step(ids[:, place : place + 1]) for place in range(length)], axis=1)
+        seen = np.ones((batch, self.length + length), np.int64)
+        fed = {"input_ids": ids, "attention_mask": seen}
+        if "position_ids" in self.inputs:
+            fed["position_ids"] = np.arange(self.length, seen.shape[1])[None].repeat(batch, 0)
+        binding = self.session.io_binding()
+        for name, values in fed.items():
+            binding.bind_cpu_input(name, values)
+        for name, present in self.past.items():
+            binding.bind_ortvalue_input(name, self.cache.get(name) or self.empty(name, batch))
+            binding.bind_output(present, self.device)
+        binding.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(binding)
+        *states, logits = binding.get_outputs()
+        self.cache = dict(zip(self.past, states, strict=True))
+        self.mask = seen
+        return np.asarray(logits.numpy(), np.float32)
+
+    def empty(self, name: str, batch: int) -> Any:
+        """A cache that holds no token yet, on the device."""
+        import numpy as np
+
+        entry = self.inputs[name]
+        shape = [batch, entry.shape[1], 0, entry.shape[3]]
+        if entry.type not in NUMPY:  # bfloat16, which numpy lacks
+            return self.values.ortvalue_from_shape_and_type(shape, 16, self.device, 0)
+        return self.values.ortvalue_from_numpy(np.empty(shape, NUMPY[entry.type]), self.device, 0)
+
+    def generate(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> Iterator[int]:
+        """Greedy: up to `count` tokens after the prompt, each the likeliest; ends after a token of `stop`."""
+        self.reset()
+        logits = self.step([prompt])
+        for _ in range(count):
+            token = int(logits[0, -1].argmax())
+            yield token
+            if token in stop:
+                return
+            logits = self.step([[token]])
