@@ -25,8 +25,9 @@ ERRORS_ONLY = 3
 class Runner:
     """One model and the cache of what it has read so far."""
 
-    def __init__(self, model: Path | str, *, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, model: Path | str, *, provider: str = "cpu", threads: int | None = None, head_dim: int = 0) -> None:
         """`model`: an .onnx file, or a folder with a `model.onnx`. `threads` None: as many as the machine has cores.
+        `head_dim`: of a graph that leaves it open, as onnxruntime-genai's builder does.
 
         Raises NotACheckpoint, UnknownName, ConvertError, MissingExtra.
         """
@@ -48,7 +49,7 @@ class Runner:
         except Exception as error:  # onnxruntime's own errors have no common base
             raise ConvertError(f"onnxruntime cannot load {path.name}: {str(error).splitlines()[0]}") from error
         self.values: Any = runtime.OrtValue
-        self.device = provider
+        self.device, self.head_dim = provider, head_dim
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         self.past = {name: name.replace("past_key_values", "present") for name in self.inputs if name.startswith("past")}
         self.reset()
@@ -94,7 +95,8 @@ class Runner:
         import numpy as np
 
         entry = self.inputs[name]
-        shape = [batch, entry.shape[1], 0, entry.shape[3]]
+        width = entry.shape[3] if isinstance(entry.shape[3], int) else self.head_dim
+        shape = [batch, entry.shape[1], 0, width]
         if entry.type not in NUMPY:  # bfloat16, which numpy lacks
             return self.values.ortvalue_from_shape_and_type(shape, 16, self.device, 0)
         return self.values.ortvalue_from_numpy(np.empty(shape, NUMPY[entry.type]), self.device, 0)
