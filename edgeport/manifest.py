@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("edgeport", "torch", "safetensors", "gguf", "llama-cpp-python", "transformers"):
+    for package in ("edgeport", "torch", "safetensors", "gguf", "llama-cpp-python", "transformers", "onnx", "onnxruntime"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

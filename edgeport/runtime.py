@@ -6,6 +6,8 @@ called position_ids is fed too, so that graphs of other exporters run beside edg
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,8 @@ class Runner:
         self.values: Any = runtime.OrtValue
         self.device, self.head_dim = provider, head_dim
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
+        told = json.loads(self.session.get_modelmeta().custom_metadata_map.get("edgeport", "{}"))
+        self.fused, self.positions = told.get("portable") is False, told.get("positions", sys.maxsize)
         self.past = {name: name.replace("past_key_values", "present") for name in self.inputs if name.startswith("past")}
         self.reset()
 
@@ -64,16 +68,26 @@ class Runner:
         """Tokens that the cache holds, of each sequence."""
         return 0 if self.mask is None else self.mask.shape[1]
 
-    def step(self, tokens: Sequence[Sequence[int]] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read int64 `tokens` [batch, length] after what was read so far; float32 logits [batch, length, vocabulary]."""
+    def step(
+        self, tokens: Sequence[Sequence[int]] | NDArray[np.int64], mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Read int64 `tokens` [batch, length] after what was read so far; float32 logits [batch, length, vocabulary].
+
+        `mask`: int64 of the same shape, 0 for padding. Raises ConvertError for padding that the graph cannot take.
+        """
         import numpy as np
 
         ids = np.ascontiguousarray(tokens, np.int64)
         batch, length = ids.shape
+        mask = np.ones_like(ids) if mask is None else mask
         if batch > 1 and length > 1 and self.length:
             # more than onnxruntime's grouped-query attention takes at once
-            return np.concatenate([self.step(ids[:, place : place + 1]) for place in range(length)], axis=1)
-        seen = np.ones((batch, self.length + length), np.int64)
+            return np.concatenate([self.step(ids[:, place : place + 1], mask[:, place : place + 1]) for place in range(length)], axis=1)
+        seen = mask if self.mask is None else np.concatenate([self.mask, mask], axis=1)
+        if seen.shape[1] > self.positions:
+            raise ConvertError(f"{seen.shape[1]} tokens are more than the {self.positions} that the model has positions for")
+        if self.fused and not seen[:, 0].all():
+            raise ConvertError("a sequence is padded on the left, where fused attention takes none; pad at the end, or --portable")
         fed = {"input_ids": ids, "attention_mask": seen}
         if "position_ids" in self.inputs:
             fed["position_ids"] = np.arange(self.length, seen.shape[1])[None].repeat(batch, 0)

@@ -95,7 +95,9 @@ def test_q4_0_blocks_come_through_unchanged() -> None:
     assert torch.equal(codec.decode(weight, codec.encode(weight, values, None)), values)
 
 
-@pytest.mark.parametrize("how", [*SHAPES[::5], Blocks(4, True, scale="F16", signed=True), Blocks(8, False, scale="BF16")], ids=str)
+@pytest.mark.parametrize(
+    "how", [*SHAPES[::5], Blocks(4, True, scale="F16", signed=True), Blocks(8, False, scale="BF16")], ids=str
+)
 def test_codes_move_while_scales_stay(how: Blocks) -> None:
     weight = lay_out("w", (ROWS, COLUMNS), how)
     parts = codec.encode(weight, numbers(), None)

@@ -16,14 +16,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import edgeport
-from edgeport.errors import VerificationFailed
+from bench.bad_input import run
+from converters.onnx.installed import unknown
+from converters.rotary import frequencies, rotary_settings
+from edgeport.errors import ConvertError
 from edgeport.runtime import Runner
 
 if TYPE_CHECKING:
     from tests.conftest import TinyLlama
+
+MakeLora = Callable[..., Path]
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -63,6 +71,29 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         model = build(name)
         model.save_pretrained(place / name)
         return place / name, model
+
+    return make
+
+
+@pytest.fixture
+def make_lora(tmp_path: Path) -> MakeLora:
+    """A function from a tiny Llama to a LoRA on its seven kinds of linear layers, `size` times as large as they are."""
+
+    def make(base: Path, size: float = 0.1) -> Path:
+        folder = tmp_path / "lora"
+        folder.mkdir()
+        tensors = {}
+        draw = torch.Generator().manual_seed(3)
+        for name, weight in load_file(base / "model.safetensors").items():
+            if name.endswith("_proj.weight"):
+                prefix = f"base_model.model.{name.removesuffix('.weight')}"
+                up, down = (torch.randn(shape, generator=draw) for shape in ((len(weight), 4), (4, weight.shape[1])))
+                tensors[f"{prefix}.lora_A.weight"] = down
+                tensors[f"{prefix}.lora_B.weight"] = up * size * weight.norm() / (up @ down).norm()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        facts = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["all-linear"]}
+        (folder / "adapter_config.json").write_text(json.dumps(facts))
+        return folder
 
     return make
 
@@ -175,3 +206,201 @@ def test_logits_are_those_of_the_stored_numbers(name: str, precision: str, famil
     edgeport.export(model=folder, output=tmp_path / "out", to="onnx", **options)
     weights = stored_weights(tmp_path / "out", model, bits)
     assert error(found(tmp_path / "out"), expected(model, weights)) < most
+
+
+def test_a_batch_that_is_padded_at_its_end(families: Families, tmp_path: Path) -> None:
+    folder, model = families("mistral, window")
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32")
+    assert error(found(tmp_path / "out", batch=2), expected(model, batch=2)) < 2e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_portable_graph_takes_padding_on_either_side(side: str, families: Families, tmp_path: Path) -> None:
+    folder, model = families("mistral, window")
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32", portable=True)
+    text, mask = tokens(2)[:, :12], np.ones((2, 12), np.int64)
+    mask[1, slice(0, 4) if side == "left" else slice(8, 12)] = 0
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(text), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    ours = Runner(tmp_path / "out", threads=1).step(text, mask)
+    assert error(ours[mask == 1], theirs[mask == 1]) < 2e-6
+
+
+def test_a_fused_graph_refuses_padding_on_the_left(families: Families, tmp_path: Path) -> None:
+    edgeport.export(model=families("llama")[0], output=tmp_path / "out", to="onnx", quant="fp32")
+    mask = np.ones((2, 12), np.int64)
+    mask[1, :4] = 0
+    with pytest.raises(ConvertError, match="padded on the left.*--portable"):
+        Runner(tmp_path / "out", threads=1).step(tokens(2)[:, :12], mask)
+
+
+def test_greedy_text_is_that_of_transformers(families: Families, tmp_path: Path) -> None:
+    folder, model = families("gemma2")
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32")
+    prompt = tokens()[0, :9].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    runner = Runner(tmp_path / "out", threads=1)
+    ours = list(runner.generate(prompt, 12))
+    assert ours == theirs[0, 9:].tolist()
+    assert list(runner.generate(prompt, 12, stop=[ours[3]])) == ours[: ours.index(ours[3]) + 1]
+
+
+def test_a_tied_embedding_is_stored_once(families: Families, tmp_path: Path) -> None:
+    folder, model = families("qwen2")
+    table = model.get_input_embeddings().weight.numel()
+    rest = sum(parameter.numel() for parameter in model.parameters()) - table
+    for quant, each in (("fp32", 4.0), ("int8", 1 + 4 / 32), ("int4", 0.5 + 4 / 32)):
+        receipt = edgeport.export(model=folder, output=tmp_path / quant, to="onnx", quant=quant)
+        vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+        numbers = (table + rest - vectors) * each + vectors * 4
+        # each initializer begins on a page of its own
+        pages = 4096 * len(onnx.load(tmp_path / quant / "model.onnx", load_external_data=False).graph.initializer)
+        assert numbers <= receipt.files["model.onnx.data"] <= numbers + pages
+
+
+def test_an_output_is_whole_and_the_same_every_time(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(dtype="bfloat16")
+    for name in ("one", "two"):
+        edgeport.export(model=base, output=tmp_path / name, to="onnx", quant="int4")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"model.onnx", "model.onnx.data", "genai_config.json", "config.json", "generation_config.json",
+                     "tokenizer.json", "tokenizer_config.json", "edgeport.json"}  # fmt: skip
+    for name in names - {"edgeport.json"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for tensor in onnx.load(tmp_path / "one" / "model.onnx", load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert not place or (place["location"] == "model.onnx.data" and int(place["offset"]) % 16 == 0)
+    edgeport.verify(tmp_path / "one")
+    told = json.loads((tmp_path / "one" / "genai_config.json").read_text())["model"]
+    assert (told["type"], told["context_length"], told["eos_token_id"], told["vocab_size"]) == ("llama", 128, 2, 320)
+    assert told["decoder"]["inputs"]["past_key_names"] == "past_key_values.%d.key"
+
+
+def test_bf16_weights_are_copied_byte_for_byte(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    receipt = edgeport.export(model=tiny_llama(dtype="bfloat16"), output=tmp_path / "out", to="onnx")
+    assert {fact.weight for fact in receipt.facts if fact.action == "copy"} >= {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_a_portable_graph_passes_onnx_own_checker(families: Families, tmp_path: Path) -> None:
+    edgeport.export(model=families("gemma2")[0], output=tmp_path / "out", to="onnx", quant="int4", portable=True)
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
+
+
+def data(folder: Path) -> bytes:
+    return (folder / "model.onnx.data").read_bytes()
+
+
+@pytest.mark.parametrize(("to", "quant"), [("gguf", "Q8_0"), ("gguf", "Q4_0"), ("hf", "nf4"), ("hf", "int8")])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_quantized_base_gives_what_its_decoded_numbers_give(
+    to: str, quant: str, precision: str, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    stored = tmp_path / ("base.gguf" if to == "gguf" else "quantized")
+    edgeport.export(model=tiny_llama(tied=True), output=stored, to=to, quant=quant)
+    edgeport.export(model=stored, output=tmp_path / "plain", to="hf", quant="f32")
+    for base in (stored, tmp_path / "plain"):
+        edgeport.export(model=base, output=tmp_path / f"{base.stem}.onnx", to="onnx", quant=precision)
+    assert data(tmp_path / f"{stored.stem}.onnx") == data(tmp_path / "plain.onnx")
+
+
+def test_a_patch_goes_in_before_rounding(tiny_llama: TinyLlama, make_lora: MakeLora, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = make_lora(base)
+    edgeport.port(patch=patch, new_base=base, output=tmp_path / "merged", to="hf")
+    edgeport.export(model=tmp_path / "merged", output=tmp_path / "after", to="onnx", quant="int4")
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "at once", to="onnx", quant="int4")
+    assert data(tmp_path / "at once") == data(tmp_path / "after")
+    assert receipt.survival is not None and receipt.survival["mean"] > 0.9
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_patch_on_numbers_that_lie_on_the_grid(
+    rounding: str, tiny_llama: TinyLlama, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    edgeport.export(model=tiny_llama(), output=tmp_path / "int4", to="onnx", quant="int4")
+    edgeport.export(model=tmp_path / "int4", output=tmp_path / "grid", to="hf", quant="f32")
+    receipt = edgeport.port(patch=make_lora(tmp_path / "grid", size=0.01), new_base=tmp_path / "grid",
+                            output=tmp_path / "out", to="onnx", quant="int4", rounding=rounding, force=True)  # fmt: skip
+    assert receipt.survival is not None
+    assert receipt.survival["mean"] < 0.3 if rounding == "nearest" else abs(receipt.survival["mean"] - 1) < 0.3
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["fused", "portable"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_output_is_read_back(tied: bool, portable: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(tied=tied)
+    edgeport.export(model=base, output=tmp_path / "onnx", to="onnx", quant="fp32", portable=portable)
+    facts = edgeport.inspect(tmp_path / "onnx")
+    assert (facts["container"], facts["model_type"], facts["tied_head"]) == ("onnx", "llama", tied)
+    edgeport.export(model=tmp_path / "onnx", output=tmp_path / "back", to="hf", quant="f32")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    edgeport.export(model=tmp_path / "onnx", output=tmp_path / "int4", to="onnx", quant="int4", portable=portable)
+    assert edgeport.inspect(tmp_path / "int4")["codecs"] == ["nbits", "plain"]
+
+
+def test_verify_compares_what_the_graph_computes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, other = tiny_llama(), tiny_llama("other", seed=1)
+    edgeport.export(model=base, output=tmp_path / "out", to="onnx", quant="int8")
+    told = edgeport.compare(tmp_path / "out", base, tokens=100)
+    assert told.tolerance is not None and 0 < told.mean_kl < told.tolerance
+    answer = run(["verify", str(tmp_path / "out"), "--against", str(base), "--tokens", "100", "--json"])
+    assert answer.code == 0 and json.loads(answer.output)["against"]["mean_kl"] < told.tolerance
+    # random models of this size say nearly the same: a logit of one is a thousandth of the other's
+    wrong = run(["verify", str(tmp_path / "out"), "--against", str(other), "--tokens", "100", "--max-kl", "1e-6"])
+    assert wrong.code == 1 and "above --max-kl" in wrong.error
+    long = run(["verify", str(tmp_path / "out"), "--against", str(base)])
+    assert long.code == 1 and "more than the 128 that the model has positions for" in long.error
+    edgeport.export(model=base, output=tmp_path / "fp32", to="onnx", quant="fp32")
+    wrong = run(["verify", str(tmp_path / "fp32"), "--against", str(other), "--tokens", "100"])
+    assert wrong.code == 1 and "above the tolerance of its precision" in wrong.error
+
+
+def test_an_operator_that_onnxruntime_lacks_is_named() -> None:
+    schemas = [schema for schema in state.get_all_operator_schema() if schema.name != "GroupQueryAttention"]
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+    nodes = [onnx.helper.make_node("GroupQueryAttention", ["x"], ["y"], domain="com.microsoft")]
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", values[:1], values[1:]), opset_imports=opsets)
+    assert unknown(model, state.get_all_operator_schema()) == []
+    assert unknown(model, schemas) == ["com.microsoft.GroupQueryAttention"]
+    model.opset_import[0].version = 999
+    assert unknown(model, schemas) == ["opset 999 of ai.onnx", "com.microsoft.GroupQueryAttention"]
+
+
+def test_rotary_frequencies_are_those_of_transformers() -> None:
+    for rope in (LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0},
+                 YARN | {"truncate": False, "attention_factor": 1.3, "beta_fast": 16.0}):  # fmt: skip
+        config = AutoConfig.for_model("llama", **SMALL, rope_parameters={**rope, "rope_theta": 5e5})
+        theirs, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+        ours, factor = frequencies(rotary_settings(config.to_dict()), 16, 256)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=3e-7)
+        assert factor == pytest.approx(scale)
+
+
+def test_generation_through_onnxruntime_genai(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    base = tiny_llama(tied=True)
+    edgeport.export(model=base, output=tmp_path / "out", to="onnx", quant="fp32")
+    prompt = tokens()[0, :9].tolist()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    loaded = genai.Model(str(tmp_path / "out"))
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=21, min_length=21)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == theirs[0].tolist()
+
+
+@pytest.mark.gpu
+def test_logits_on_cuda(families: Families, tmp_path: Path) -> None:
+    folder, model = families("llama")
+    for quant, most in (("fp16", 5e-3), ("int4", None)):
+        edgeport.export(model=folder, output=tmp_path / quant, to="onnx", quant=quant, execution_provider="cuda")
+        runner = Runner(tmp_path / quant, provider="cuda")
+        ours = np.concatenate([runner.step(tokens()[:, :9]), runner.step(tokens()[:, 9:])], axis=1)
+        if most:
+            assert error(ours, expected(model)) < most

@@ -54,7 +54,7 @@ class OnnxSink:
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         graph = described(self.decoder, self.settings, {weight.name: weight for weight in weights})
         offsets, size = graph.places()
-        model = graph.serialize(DATA, offsets, {ABOUT: self.settings.to_json()})
+        model = graph.serialize(DATA, offsets, {ABOUT: self.settings.to_json(self.decoder.positions)})
         check_operators(model)
         return [FileLayout(MODEL, len(model), ((0, model),), {}), FileLayout(DATA, size, (), offsets)]
 

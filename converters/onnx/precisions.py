@@ -66,8 +66,9 @@ class Settings:
     def blocks(self, precision: Precision) -> Blocks:
         return Blocks(precision.bits, self.symmetric, self.block_size, self.kind, signed=self.portable)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def to_json(self, positions: int) -> str:
+        """What the model's metadata says; a runner wants to know how long a text may be."""
+        return json.dumps(asdict(self) | {"positions": positions})
 
 
 def precision(name: str) -> str:
@@ -105,4 +106,5 @@ def settings(target: Target, source: Source) -> Settings:
 def read_settings(text: str) -> Settings:
     """Settings as `to_json` wrote them. Raises TypeError, ValueError."""
     fields: dict[str, Any] = json.loads(text)
+    del fields["positions"]
     return Settings(**fields)
