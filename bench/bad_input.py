@@ -358,6 +358,31 @@ def other_architecture(folder: Path) -> list[str]:
     return port(folder, base, None, "--to", "gguf", to="out.gguf")
 
 
+def to_onnx(*flags: str, tensors: Callable[[], Tensors] = weights, **config: Any) -> Make:
+    """An export to ONNX of the model with other settings or tensors; its heads have 16 numbers."""
+    facts = {"num_attention_heads": 2, "num_key_value_heads": 2} | config
+    return lambda folder: export(model(folder, tensors=tensors(), **facts), folder / "out", "--to", "onnx", *flags)
+
+
+def of_onnx(change: Callable[[Path], object]) -> Make:
+    """An export of an ONNX folder of edgeport's to which something was done."""
+
+    def make(folder: Path) -> list[str]:
+        done = run(to_onnx()(folder))
+        assert done.code == 0, done.error
+        (folder / "out").rename(folder / "given")
+        change(folder / "given")
+        return export(folder / "given", folder / "out", "--to", "hf")
+
+    return make
+
+
+def foreign_onnx(folder: Path) -> None:
+    from onnx import helper, save
+
+    save(helper.make_model(helper.make_graph([], "empty", [], [])), folder / "model.onnx")
+
+
 def gguf_over_a_folder(folder: Path) -> list[str]:
     return port(folder, _with_tokenizer(folder), None, "--overwrite", "--to", "gguf", to=_empty(folder / "out.gguf").name)
 
@@ -572,6 +597,44 @@ CASES: dict[str, Case] = {
         with_config(vocab_size=300), "the embedding has 320 rows, and config.json says vocab_size 300"),
     "no tokenizer for a GGUF": Case(to_gguf(), "no tokenizer.json"),
     "architecture without a GGUF table": Case(other_architecture, "no GGUF table for MambaForCausalLM"),
+    # ONNX
+    "ONNX, architecture without a graph": Case(
+        to_onnx(architectures=["MambaForCausalLM"]), "no ONNX graph for MambaForCausalLM; supported: LlamaForCausalLM"),
+    "ONNX, an activation of its own": Case(to_onnx(hidden_act="relu"), "does not compute: hidden_act 'relu'"),
+    "ONNX, a rotary type that depends on the length": Case(
+        to_onnx(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic' of config.json is not supported"),
+    "ONNX, a setting of the wrong kind": Case(to_onnx(num_attention_heads="four"), "a value of another kind"),
+    "ONNX, a setting missing": Case(to_onnx(hidden_size=None), "config.json says nothing of hidden_size"),
+    "ONNX, heads that the fused operator cannot turn": Case(
+        to_onnx(num_attention_heads=4, num_key_value_heads=4), "heads of 8 numbers, which onnxruntime's fused attention"),
+    "ONNX, a tensor too many": Case(
+        to_onnx(tensors=lambda: weights() | {f"{Q_PROJ}.bias": noise((HIDDEN,), 1)}), "has no place for the tensor"),
+    "ONNX, a tensor missing": Case(
+        to_onnx(tensors=lambda: {name: held for name, held in weights().items() if name != Q_WEIGHT}), f"no tensor {Q_WEIGHT}"),
+    "ONNX, a tensor of another shape": Case(
+        to_onnx(tensors=lambda: weights() | {NORM: noise((16,), 1)}), "shape [16] where config.json says [32]"),
+    "ONNX, NaN in a weight": Case(
+        to_onnx("--quant", "int4", tensors=lambda: spoiled(Q_WEIGHT, np.nan, weights())), "holds NaN or infinity"),
+    "ONNX, --quant unknown": Case(to_onnx("--quant", "fp17"), "did you mean 'fp16'?", 2),
+    "ONNX, --quant of GGUF": Case(to_onnx("--quant", "Q4_K_M"), "--quant of an ONNX output is called 'Q4_K_M'", 2),
+    "ONNX, --block-size unknown": Case(to_onnx("--quant", "int4", "--block-size", "48"), "not one of 16, 32, 64, 128", 2),
+    "ONNX, --block-size that does not divide": Case(
+        to_onnx("--quant", "int4", "--block-size", "64"), "32 columns do not divide into blocks of 64; give --block-size 16 or 32"),
+    "ONNX, --block-size without blocks": Case(to_onnx("--quant", "fp16", "--block-size", "32"), "are for int4 and int8"),
+    "ONNX, --asymmetric --portable": Case(to_onnx("--quant", "int4", "--asymmetric", "--portable"), "leave out --asymmetric"),
+    "ONNX, --execution-provider unknown": Case(
+        to_onnx("--execution-provider", "tpu"), "no execution provider is called 'tpu'", 2),
+    "ONNX, fp32 on CUDA": Case(to_onnx("--quant", "fp32", "--execution-provider", "cuda"), "give --quant fp16"),
+    "ONNX, --max-shard-size": Case(to_onnx("--max-shard-size", "1GB"), "are not for --to onnx"),
+    "ONNX, disk too small": Case(to_onnx(), "free", 4, small_disk),
+    "--portable for hf": Case(with_flags("--portable"), "are for --to onnx, not for --to hf"),
+    "--block-size for gguf": Case(to_gguf("--block-size", "32"), "are for --to onnx, not for --to gguf"),
+    "ONNX input, another program's": Case(of_onnx(foreign_onnx), "was not written by edgeport"),
+    "ONNX input, the graph cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx", 99)), "is not an ONNX model"),
+    "ONNX input, the weights cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx.data", 99)), "model.onnx.data"),
+    "ONNX input, no config.json": Case(of_onnx(lambda o: (o / "config.json").unlink()), "and no config.json"),
+    "ONNX input, another config.json": Case(
+        of_onnx(lambda o: _with(o, "config.json", json.dumps(CONFIG | {"num_attention_heads": 2, "num_hidden_layers": 2}))), "export it anew"),
     # verify
     "verify, a byte has changed": Case(tampered(changed_byte), "model.safetensors has changed since"),
     "verify, a file is shorter": Case(

@@ -82,12 +82,13 @@ class Runner:
         mask = np.ones_like(ids) if mask is None else mask
         if batch > 1 and length > 1 and self.length:
             # more than onnxruntime's grouped-query attention takes at once
-            return np.concatenate([self.step(ids[:, place : place + 1], mask[:, place : place + 1]) for place in range(length)], axis=1)
+            places = [slice(place, place + 1) for place in range(length)]
+            return np.concatenate([self.step(ids[:, place], mask[:, place]) for place in places], axis=1)
         seen = mask if self.mask is None else np.concatenate([self.mask, mask], axis=1)
         if seen.shape[1] > self.positions:
             raise ConvertError(f"{seen.shape[1]} tokens are more than the {self.positions} that the model has positions for")
         if self.fused and not seen[:, 0].all():
-            raise ConvertError("a sequence is padded on the left, where fused attention takes none; pad at the end, or --portable")
+            raise ConvertError("a sequence is padded on the left, where fused attention takes none; pad the end or use --portable")
         fed = {"input_ids": ids, "attention_mask": seen}
         if "position_ids" in self.inputs:
             fed["position_ids"] = np.arange(self.length, seen.shape[1])[None].repeat(batch, 0)

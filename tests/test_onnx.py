@@ -230,7 +230,7 @@ def test_a_fused_graph_refuses_padding_on_the_left(families: Families, tmp_path:
     edgeport.export(model=families("llama")[0], output=tmp_path / "out", to="onnx", quant="fp32")
     mask = np.ones((2, 12), np.int64)
     mask[1, :4] = 0
-    with pytest.raises(ConvertError, match="padded on the left.*--portable"):
+    with pytest.raises(ConvertError, match=r"padded on the left.*--portable"):
         Runner(tmp_path / "out", threads=1).step(tokens(2)[:, :12], mask)
 
 

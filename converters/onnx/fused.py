@@ -15,10 +15,13 @@ from converters.onnx.families import QUERY_KEY_VALUE, Decoder
 from converters.onnx.graph import MICROSOFT, Graph
 from converters.onnx.matrices import Matrix, matrix
 from edgeport.codecs.nbits import Blocks
+from edgeport.errors import UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, Weight
 
 ACCURACY = 4
 """Of products with 4 and 8 bit matrices: activations are rounded to 8 bits, in blocks."""
+
+HEAD_MULTIPLE = 16
 
 
 @dataclass
@@ -29,6 +32,13 @@ class Fused:
     kind: str = "F32"
     shared: list[str] = field(default_factory=list)
     """Of all layers' attention: lengths, total length, cosines, sines."""
+
+    def __post_init__(self) -> None:
+        if self.decoder.head_dim % HEAD_MULTIPLE:
+            raise UnsupportedArchitecture(
+                f"the model has heads of {self.decoder.head_dim} numbers, which onnxruntime's fused attention does not rotate "
+                f"(multiples of {HEAD_MULTIPLE} alone); give --portable"
+            )
 
     def begin(self) -> None:
         """Lengths from the mask; cosines and sines of all positions, which onnxruntime computes once, when it loads.
