@@ -88,7 +88,7 @@ class Runner:
         if seen.shape[1] > self.positions:
             raise ConvertError(f"{seen.shape[1]} tokens are more than the {self.positions} that the model has positions for")
         if self.fused and not seen[:, 0].all():
-            raise ConvertError("a sequence is padded on the left, where fused attention takes none; pad the end or use --portable")
+            raise ConvertError("a text is padded on the left, which fused attention cannot take; pad its end, or --portable")
         fed = {"input_ids": ids, "attention_mask": seen}
         if "position_ids" in self.inputs:
             fed["position_ids"] = np.arange(self.length, seen.shape[1])[None].repeat(batch, 0)

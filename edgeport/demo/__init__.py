@@ -59,10 +59,11 @@ class Report:
 
     def text(self) -> str:
         head = ["model", "triage accuracy (95 %)", "size", "patch kept", "port: time", "peak RAM", "above import"]
-        head += ["llama.cpp: time", "peak RAM"]
+        head += ["run: time", "peak RAM"]
         lines = [table(head, [cells(row) for row in self.rows]), "", f"Files are in {self.folder}."]
         chat = next(row.file for row in reversed(self.rows) if row.file.endswith(".gguf"))
         lines += ["Chat with the ported model through llama.cpp:", f"  llama-cli -m {self.folder / chat} -cnv"]
+        lines += ["GGUF runs in llama.cpp, ONNX in onnxruntime."]
         return "\n".join(lines)
 
 
@@ -82,7 +83,7 @@ def cells(row: Row) -> list[str]:
 def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
     """Evolve, port, export, ask. Raises OutputExists where the folder holds something."""
     old = packaged_model()
-    for module, extra in (("llama_cpp", "demo"), ("simple_icd_10_cm", "demo")):
+    for module, extra in (("llama_cpp", "demo"), ("onnxruntime", "demo"), ("simple_icd_10_cm", "demo")):
         if find_spec(module) is None:
             need(module, extra)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -99,6 +100,8 @@ def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
         ("ported, BF16 GGUF", "ported-bf16.gguf", [*onto, "--to", "gguf"], True),
         ("ported, Q8_0", "ported-Q8_0.gguf", [*onto, "--to", "gguf", "--quant", "Q8_0"], True),
         ("ported, Q4_K_M", "ported-Q4_K_M.gguf", [*onto, "--to", "gguf", "--quant", "Q4_K_M"], True),
+        ("ported, ONNX int8", "ported-int8", [*onto, "--to", "onnx", "--quant", "int8"], True),
+        ("ported, ONNX int4", "ported-int4", [*onto, "--to", "onnx", "--quant", "int4"], True),
     ]  # fmt: skip
     rows = []
     for model, file, command, runs in jobs:

@@ -1,7 +1,7 @@
-"""Put the held-out questions to a GGUF through llama.cpp: `python -m edgeport.demo.ask MODEL.gguf`.
+"""Put the held-out questions to a GGUF through llama.cpp, or to an ONNX folder through onnxruntime.
 
-Prompts go through in batches of as many sequences as fit; only the logits after each prompt are read, since the
-options differ in their first token. Prints one JSON object; a process of its own, so that its peak memory is its own.
+`python -m edgeport.demo.ask MODEL`. Prompts go through in batches; only the logits after each prompt are read, since
+the options differ in their first token. Prints one JSON object; a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,40 @@ from edgeport.memory import peak_bytes
 COUNT = 400
 BATCH_TOKENS = 512
 SEQUENCES = 64
+ONNX_SEQUENCES = 8
+"""Prompts of like length that go through onnxruntime together: a graph gives logits for every token, 200 kB each."""
+
+
+def ask_onnx(model: Path, asked: Sequence[Question]) -> list[int]:
+    """As `ask`, for a folder with a tokenizer.json. Shorter prompts of a batch are padded at their end."""
+    import numpy as np
+
+    from edgeport.locate import open_model
+    from edgeport.probe import open_tokenizer
+    from edgeport.runtime import Runner
+
+    tokenizer = open_tokenizer(open_model(model))
+    assert tokenizer is not None
+    prompts, firsts = [], []
+    for question in asked:
+        prompts.append(tokenizer.encode(question.prompt, add_special_tokens=False).ids)
+        firsts.append([tokenizer.encode(option, add_special_tokens=False).ids[0] for option in question.options])
+    runner = Runner(model, threads=len(os.sched_getaffinity(0)))
+    order = sorted(range(len(asked)), key=lambda index: len(prompts[index]))
+    answers = [-1] * len(asked)
+    for start in range(0, len(order), ONNX_SEQUENCES):
+        group = order[start : start + ONNX_SEQUENCES]
+        length = len(prompts[group[-1]])
+        tokens, mask = np.zeros((2, len(group), length), np.int64)
+        for row, index in enumerate(group):
+            tokens[row, : len(prompts[index])] = prompts[index]
+            mask[row, : len(prompts[index])] = 1
+        runner.reset()
+        logits = runner.step(tokens, mask)
+        for row, index in enumerate(group):
+            scores = logits[row, len(prompts[index]) - 1, firsts[index]]
+            answers[index] = int(scores.argmax())
+    return answers
 
 
 def ask(model: Path, asked: Sequence[Question]) -> list[int]:
@@ -98,7 +132,8 @@ def fill(batch: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
 def main() -> None:
     asked = questions("test", COUNT)
     began = time.perf_counter()
-    answers = ask(Path(sys.argv[1]), asked)
+    model = Path(sys.argv[1])
+    answers = (ask_onnx if model.is_dir() else ask)(model, asked)
     correct = sum(answer == question.answer for answer, question in zip(answers, asked, strict=True))
     seconds = time.perf_counter() - began
     found = {"correct": correct, "total": len(asked), "seconds": seconds, "peak_ram_bytes": peak_bytes()}
