@@ -101,7 +101,8 @@ def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
         ("ported, Q8_0", "ported-Q8_0.gguf", [*onto, "--to", "gguf", "--quant", "Q8_0"], True),
         ("ported, Q4_K_M", "ported-Q4_K_M.gguf", [*onto, "--to", "gguf", "--quant", "Q4_K_M"], True),
         ("ported, ONNX int8", "ported-int8", [*onto, "--to", "onnx", "--quant", "int8"], True),
-        ("ported, ONNX int4", "ported-int4", [*onto, "--to", "onnx", "--quant", "int4"], True),
+        ("ported, ONNX int4, head int8", "ported-int4",
+         [*onto, "--to", "onnx", "--quant", "int4", "--output-tensor-type", "int8"], True),
     ]  # fmt: skip
     rows = []
     for model, file, command, runs in jobs:
