@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INTEROP := .venv-interop
 DEMO_OUTPUT ?= demo-output
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench docs clean
+.PHONY: help demo test test-slow test-interop check bench docs clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## port, export and run a real model; writes demo-output
 	$(BIN)/edgeport demo -o $(DEMO_OUTPUT) --overwrite
@@ -21,6 +22,9 @@ test: $(READY) ## run the tests, but for the slow ones
 
 test-slow: $(READY) ## run all tests
 	$(BIN)/python -m pytest
+
+test-interop: $(READY) $(INTEROP)/.ready ## read ONNX outputs with optimum, in an environment of its own
+	$(BIN)/python -m bench.interop $(INTEROP)/bin/python
 
 check: $(READY) ## lint, check types, and check that the generated documentation is up to date
 	$(BIN)/ruff check .
@@ -35,7 +39,12 @@ docs: $(READY) ## write docs/cli.md and README's outputs anew from the program i
 
 clean: ## remove outputs and caches; .venv stays
 	rm -rf $(DEMO_OUTPUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
+
+$(INTEROP)/.ready: bench/interop-requirements.txt
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --disable-pip-version-check -r bench/interop-requirements.txt
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeport needs Python 3.11 or newer; give one with make PYTHON=...")'

@@ -1,0 +1,269 @@
+"""ONNX outputs: how right, how small to make, how fast to run, beside onnxruntime-genai's builder and llama.cpp.
+
+`python -m bench.onnx_models [logits] [memory] [speed] [-o results.json]` (default: all three)
+
+logits  every family and precision on tiny random models, and the real one, against transformers: text in two chunks, then
+        twenty tokens one by one; largest error as a share of the largest logit, mean KL in nats, top-1 agreement
+memory  peak (VmHWM of a process of its own) of an export in bf16, int8 and int4, above what the imports take
+speed   milliseconds a token on the real model, the programs taking turns token by token
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edgeport
+from bench.memory import smollm_tokenizer
+from bench.shapes import Shape, write_model
+from edgeport.demo import packaged_model
+from edgeport.report import table
+from edgeport.runtime import Runner
+
+FIRST, SECOND, SINGLE = 9, 5, 20
+SMALL = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama 2": {"model_type": "llama"},
+    "Llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3},
+    "Mistral, window of 8": {"model_type": "mistral", "sliding_window": 8},
+    "Gemma 2": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 8,
+                "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "Qwen2": {"model_type": "qwen2"},
+    "Qwen3": {"model_type": "qwen3", "head_dim": 32},
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "fp32": {"quant": "fp32"}, "fp32, portable": {"quant": "fp32", "portable": True}, "fp16": {"quant": "fp16"},
+    "bf16": {"quant": "bf16"}, "int8": {"quant": "int8"}, "int4": {"quant": "int4"},
+    "int4, zero points": {"quant": "int4", "asymmetric": True},
+    "int4, head int8": {"quant": "int4", "output_tensor_type": "int8"},
+}  # fmt: skip
+SHAPES = {
+    "0.14 B": Shape(576, 30, 1536, 49152, 9, 3),
+    "1 B": Shape(2048, 16, 8192, 49152, 32, 8),
+    "3 B": Shape(3072, 28, 8192, 49152, 24, 8),
+}
+BUILDER = """
+import sys
+from onnxruntime_genai.models.builder import create_model
+create_model("", sys.argv[1], sys.argv[2], sys.argv[3], "cpu", sys.argv[4])
+"""
+EXPORTER = """
+import sys, torch, numpy, onnx, onnxruntime
+import edgeport.api, edgeport.run
+from edgeport.registry import codecs, converters, patch_kinds
+codecs(), converters(), patch_kinds()
+from edgeport.memory import peak_bytes
+imports = peak_bytes()
+edgeport.api.export(model=sys.argv[1], output=sys.argv[2], to="onnx", quant=sys.argv[3])
+sys.stderr.write(f"imports {imports}\\n")
+"""
+"""Both end with the peak that `REPORT` adds."""
+REPORT = """
+line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+sys.stderr.write(f"peak {int(line.split()[1]) * 1024}\\n")
+"""
+
+
+def text(vocabulary: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(3, vocabulary, (1, FIRST + SECOND + SINGLE))
+
+
+def distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> tuple[float, float, float]:
+    """Largest error over largest logit; mean KL(theirs || ours) in nats; share of equal first choices."""
+    logs = [logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64), axis=-1, keepdims=True)
+            for logits in (theirs, ours)]  # fmt: skip
+    kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean()
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    return float(error), float(max(kl, 0.0)), float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+
+
+def spoken(output: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits, in two chunks and token by token."""
+    runner = Runner(output, threads=1)
+    edges = [0, FIRST, *range(FIRST + SECOND, tokens.shape[1] + 1)]
+    return np.concatenate([runner.step(tokens[:, start:stop]) for start, stop in pairwise(edges)], axis=1)
+
+
+def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
+    """A tiny random model of each family, and the real one: name, folder, and transformers' model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, facts in FAMILIES.items():
+        torch.manual_seed(0)
+        settings = SMALL | facts
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
+        model.save_pretrained(folder / name)
+        yield name, folder / name, model
+    real = folder / "real"
+    edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
+    model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32, attn_implementation="eager").eval()
+    yield "SmolLM2-135M (real, of Q4_1)", real, model
+
+
+def logits(scratch: Path) -> Iterator[dict[str, Any]]:
+    import torch
+
+    for name, folder, model in models(scratch):
+        tokens = text(model.config.vocab_size)
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        for way, options in WAYS.items():
+            output = scratch / "out"
+            edgeport.export(model=folder, output=output, to="onnx", overwrite=True, **options)
+            error, kl, same = distance(spoken(output, tokens), theirs)
+            yield {"model": name, "precision": way, "error": error, "kl": kl, "top1": same}
+
+
+def child(script: str, *arguments: str) -> dict[str, int]:
+    """The bytes that a Python process says on stderr. Raises CalledProcessError."""
+    done = subprocess.run([sys.executable, "-c", script + REPORT, *arguments], capture_output=True, text=True, check=True)
+    found = (line.split() for line in done.stderr.splitlines() if line.startswith(("peak ", "imports ")))
+    return {name: int(count) for name, count in found}
+
+
+def memory(scratch: Path) -> Iterator[dict[str, Any]]:
+    tokenizer = smollm_tokenizer(scratch / "tokenizer")
+    for name, shape in SHAPES.items():
+        base = write_model(shape, scratch / name.replace(" ", ""), tokenizer)
+        for quant in ("bf16", "int8", "int4"):
+            began = time.perf_counter()
+            found = child(EXPORTER, str(base), str(scratch / "out"), quant)
+            seconds = time.perf_counter() - began
+            graph = (scratch / "out" / "model.onnx").stat().st_size
+            remove(scratch / "out")
+            yield {"shape": name, "program": "edgeport", "precision": quant, "seconds": seconds, "graph": graph, **found}
+        if name != "3 B":  # the builder would take all of a small machine
+            began = time.perf_counter()
+            with suppress(subprocess.CalledProcessError):
+                found = child(BUILDER, str(base), str(scratch / "out"), "int4", str(scratch / "cache"))
+                seconds = time.perf_counter() - began
+                yield {"shape": name, "program": "genai builder", "precision": "int4", "seconds": seconds, **found}
+            remove(scratch / "out")
+        remove(base)
+
+
+def remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Racer:
+    name: str
+    step: Callable[[int], object]
+
+
+def speed(scratch: Path, tokens: int = 60) -> Iterator[dict[str, Any]]:
+    """Each program in turn makes a token, so that whatever else the machine does falls on all alike."""
+    real = scratch / "hf"
+    edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
+    edgeport.export(model=real, output=scratch / "Q4_K_M.gguf", to="gguf", quant="Q4_K_M")
+    graphs = {}
+    for quant in ("fp32", "int8", "int4"):
+        graphs[f"edgeport {quant}"] = scratch / quant
+        edgeport.export(model=real, output=scratch / quant, to="onnx", quant=quant)
+        graphs[f"genai builder {quant}"] = scratch / f"genai-{quant}"
+        child(BUILDER, str(real), str(scratch / f"genai-{quant}"), quant, str(scratch / "cache"))
+    for threads in (1, 2):
+        racers = [racer(name, path, threads) for name, path in graphs.items()]
+        racers.append(Racer("llama.cpp Q4_K_M", llama(scratch / "Q4_K_M.gguf", threads)))
+        wall: dict[str, list[float]] = {each.name: [] for each in racers}
+        busy: dict[str, list[float]] = {each.name: [] for each in racers}
+        for turn in range(tokens):
+            for each in racers:
+                each.step(100 + turn)  # brings its own weights back into the cache
+                began, used = time.perf_counter(), time.process_time()
+                each.step(200 + turn)
+                wall[each.name].append(time.perf_counter() - began)
+                busy[each.name].append(time.process_time() - used)
+        for each in racers:
+            yield {"program": each.name, "threads": threads, "median": median(wall[each.name]), "least": min(wall[each.name]),
+                   "cpu": median(busy[each.name])}  # fmt: skip
+
+
+def racer(name: str, model: Path, threads: int) -> Racer:
+    runner = Runner(model, threads=threads, head_dim=64)
+    runner.step(text(40000))
+    return Racer(name, lambda token: runner.step([[token]]))
+
+
+def llama(model: Path, threads: int) -> Callable[[int], object]:
+    from llama_cpp import Llama
+
+    loaded = Llama(str(model), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    loaded.eval(text(40000)[0].tolist())
+    return lambda token: loaded.eval([token])
+
+
+MIB = 1 << 20
+Rows = list[dict[str, Any]]
+
+
+def shown(found: Mapping[str, Rows]) -> str:
+    """The tables, one below the other."""
+    pieces = []
+    if rows := found.get("logits"):
+        cells = [[r["model"], r["precision"], f"{r['error']:.1e}", f"{r['kl']:.1e}", f"{r['top1']:.0%}"] for r in rows]
+        pieces.append(table(["model", "precision", "largest error", "KL", "top-1"], cells))
+    if rows := found.get("memory"):
+        cells = [
+            [r["shape"], r["program"], r["precision"], f"{r['peak'] / MIB:.0f} MiB",
+             f"{(r['peak'] - r['imports']) / MIB:.0f} MiB" if "imports" in r else "-",
+             f"{r['graph'] / MIB:.1f} MiB" if "graph" in r else "-", f"{r['seconds']:.0f} s"]
+            for r in rows
+        ]  # fmt: skip
+        pieces.append(table(["shape (bf16)", "program", "to", "peak", "above imports", "graph", "time"], cells))
+    if rows := found.get("speed"):
+        cells = [[r["program"], str(r["threads"]), *(f"{1e3 * r[key]:.1f}" for key in ("median", "least", "cpu"))] for r in rows]
+        pieces.append(table(["program", "threads", "ms a token", "least", "of CPU"], cells))
+    return "\n\n".join(pieces)
+
+
+PARTS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"logits": logits, "memory": memory, "speed": speed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    found: dict[str, Rows] = {}
+    for part in arguments.parts or PARTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            found[part] = []
+            for row in PARTS[part](Path(scratch)):
+                found[part].append(row)
+                print(row, file=sys.stderr, flush=True)
+    print(shown(found))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
