@@ -116,6 +116,7 @@ def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
 
 def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: Watch) -> dict[str, Any]:
     """The figures of `Effect` on int64 `tokens` [1, length]."""
+    from edgeport.forward import stream
     from edgeport.probe import score
 
     layers = 3 * int(base.config.get("num_hidden_layers", 0))
@@ -126,7 +127,9 @@ def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: 
         done += 1
         watch(f"probe: layer {done} of {layers}")
 
-    found = score((base, exact, output), tokens, ((1, 2), (1, 0), (0, 2), (0, 1)), layer)
+    # an output that is a program too is asked for its numbers alone: the program would load the whole model
+    models = [stream(source, layer) for source in (base, exact, output)]
+    found = score(models, tokens, ((1, 2), (1, 0), (0, 2), (0, 1)))
     rounding, patch, away, back = (found.kl[pair] for pair in ((1, 2), (1, 0), (0, 2), (0, 1)))
     kept, error = share(patch - rounding + away, patch + back)
     tallies = found.tallies

@@ -114,9 +114,9 @@ def stream(source: Source, done: Done = silent) -> Streamed:
     return Streamed(model, source, matrix, None if bias is None else read_whole(source, bias))
 
 
-def scorer(source: Source, done: Done = silent) -> Scorer:
+def scorer(source: Source) -> Scorer:
     """The source's own program where it has one, else the streamed model. Raises what `stream` does."""
-    return source.execute() if isinstance(source, Executable) else stream(source, done)
+    return source.execute() if isinstance(source, Executable) else stream(source)
 
 
 def build(config: Mapping[str, Any]) -> Model:

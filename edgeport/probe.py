@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, VerificationFailed, need
-from edgeport.forward import BLOCK_ELEMENTS, Done, block_rows, scorer, silent, stream
+from edgeport.forward import BLOCK_ELEMENTS, block_rows, scorer, stream
 from edgeport.seams import Executable, Scorer, Source
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def compare(reference: Source, candidate: Source, tokens: Tensor) -> Comparison:
     Raises what `hidden_states` does, VerificationFailed for vocabularies that differ, and NonFiniteResult for a model
     that computes no numbers.
     """
-    found = score((reference, candidate), tokens, ((0, 1),))
+    found = score((scorer(reference), scorer(candidate)), tokens, ((0, 1),))
     ours, theirs = found.tallies
     return Comparison(
         kl=tuple(found.kl[0, 1].flatten().tolist()),
@@ -136,7 +136,7 @@ class Scores:
     vocabulary: int
 
 
-def score(sources: Sequence[Source], tokens: Tensor, pairs: Sequence[tuple[int, int]], done: Done = silent) -> Scores:
+def score(models: Sequence[Scorer], tokens: Tensor, pairs: Sequence[tuple[int, int]]) -> Scores:
     """Run every model on int64 `tokens` [batch, length], and take the divergences of `pairs` of them.
 
     Neither a whole model nor the logits of a whole vocabulary are ever in memory: all models' logits pass in blocks of
@@ -146,7 +146,6 @@ def score(sources: Sequence[Source], tokens: Tensor, pairs: Sequence[tuple[int, 
 
     if tokens.shape[1] < 2:
         raise VerificationFailed("a comparison needs a text of at least two tokens")
-    models = [scorer(source, done) for source in sources]
     vocabulary = common_vocabulary(models)
     states = [finite_states(model, tokens) for model in models]
     tallies = tuple(Tally.start(tokens) for _ in models)
