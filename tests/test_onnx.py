@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ import edgeport
 from bench.bad_input import run
 from converters.onnx.installed import unknown
 from converters.rotary import frequencies, rotary_settings
-from edgeport.errors import ConvertError
+from edgeport.errors import ConvertError, NotACheckpoint, UnknownName
 from edgeport.runtime import Runner
 
 if TYPE_CHECKING:
@@ -404,3 +405,19 @@ def test_logits_on_cuda(families: Families, tmp_path: Path) -> None:
         ours = np.concatenate([runner.step(tokens()[:, :9]), runner.step(tokens()[:, 9:])], axis=1)
         if most:
             assert error(ours, expected(model)) < most
+
+
+def test_the_runner_names_mistakes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    with pytest.raises(NotACheckpoint, match="a folder written with --to onnx was expected"):
+        Runner(tiny_llama())
+    edgeport.export(model=tmp_path / "base", output=tmp_path / "out", to="onnx", quant="fp32")
+    with pytest.raises(UnknownName, match="no execution provider is called 'tpu'"):
+        Runner(tmp_path / "out", provider="tpu")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(ConvertError, match=r"no CUDAExecutionProvider.*onnx-gpu"):
+            Runner(tmp_path / "out", provider="cuda")
+    with pytest.raises(ConvertError, match="130 tokens are more than the 128"):
+        Runner(tmp_path / "out").step([[5] * 130])
+    (tmp_path / "out" / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(ConvertError, match=r"onnxruntime cannot load model\.onnx"):
+        Runner(tmp_path / "out")
