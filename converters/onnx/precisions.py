@@ -32,7 +32,7 @@ PRECISIONS = {
         Precision("fp16", 1e-4, "F16"),
         Precision("bf16", 1e-3, "BF16"),
         Precision("int8", 0.03, bits=8),
-        Precision("int4", 0.5, bits=4),
+        Precision("int4", 0.75, bits=4),
     )
 }
 SYNONYMS = {"f32": "fp32", "f16": "fp16"}
