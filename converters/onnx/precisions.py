@@ -24,7 +24,7 @@ class Precision:
     """Of block-quantized matrices."""
 
 
-# bench/results/onnx.txt has what was measured
+# bench/results/onnx-logits.txt has what was measured
 PRECISIONS = {
     each.name: each
     for each in (
