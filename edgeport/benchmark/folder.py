@@ -1,0 +1,83 @@
+"""Transformers folders, quantized or not, on the CPU or the device that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups
+from edgeport.device import choose
+from edgeport.errors import need
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACK_TOKENS, PACK_BRANCHES = 512, 256
+WRITERS = 32
+
+
+class FolderRunner:
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        transformers: Any = need("transformers", "hf")
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.torch: Any = torch
+        self.device = choose("auto")
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        # no device_map for unquantized weights: it would need accelerate
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
+            self.model.to(self.device)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
+        for group in groups(trees, PACK_TOKENS, PACK_BRANCHES):
+            pack = Pack.of(group)
+            wanted = pack.wanted
+            with self.torch.inference_mode():
+                logits = self.model(
+                    input_ids=self._row(pack.ids), position_ids=self._row(pack.positions), attention_mask=self.mask(pack),
+                    use_cache=False, logits_to_keep=self.torch.tensor(wanted, device=self.model.device),
+                ).logits[0].float().cpu().numpy()  # fmt: skip
+            place = {token: row for row, token in enumerate(wanted)}
+            yield from pack.judged(lambda token, logits=logits, place=place: logits[place[token]])
+
+    def _row(self, values: Sequence[int]) -> Tensor:
+        row: Tensor = self.torch.tensor([values], device=self.model.device)
+        return row
+
+    def mask(self, pack: Pack) -> Tensor:
+        """[1, 1, tokens, tokens] to be added to the attention scores: 0 where a token sees another, else the least number."""
+        torch = self.torch
+        tree, branch = torch.tensor(pack.trees), torch.tensor(pack.branches)
+        order = torch.arange(len(tree))
+        sees = (tree[:, None] == tree) & (order[:, None] >= order) & ((branch == STEM) | (branch[:, None] == branch))
+        mask = torch.zeros(sees.shape, dtype=self.model.dtype).masked_fill_(~sees, torch.finfo(self.model.dtype).min)
+        added: Tensor = mask[None, None].to(self.model.device)
+        return added
+
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+        return [text for start in range(0, len(prompts), WRITERS) for text in self._write(prompts[start : start + WRITERS], tokens)]
+
+    def _write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+        torch = self.torch
+        width = max(map(len, prompts))
+        stop = self.tokenizer.eos_token_id
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
+        ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
+        seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
+        with torch.inference_mode():
+            rows = self.model.generate(
+                input_ids=ids, attention_mask=seen, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+                pad_token_id=padding, temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+        return self.tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def open_runner(path: Path) -> FolderRunner:
+    return FolderRunner(path)

@@ -1,0 +1,137 @@
+"""Put questions to one model: `python -m edgeport.benchmark.score`, a job in JSON on stdin, the answers in JSON on stdout.
+
+A process of its own, so that its peak memory and its seconds are its own. The job:
+
+    {"model": PATH, "text": FILE or null,
+     "tasks": [{"questions": FILE, "keep": FILE or null, "against": FILE or null}, ...]}
+
+`keep` is written: the next-token distributions after the first KL_QUESTIONS prompts. `against` is such a file of another
+model, of which the KL divergence is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from edgeport.benchmark.questions import Asked, Choice, Generation, read_questions
+from edgeport.benchmark.runner import Judged, Runner, Tree, open_runner
+from edgeport.errors import EdgeportError, MissingExtra
+from edgeport.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from edgeport.benchmark.runner import Array
+
+KL_QUESTIONS = 256
+CHUNK_TOKENS, CHUNKS = 256, 32
+SPARE_TOKENS = 3
+"""Tokens beyond the longest target that a model may write before its answer is cut off."""
+
+
+def tree(runner: Runner, question: Asked) -> Tree:
+    """Prompt and options, each pair tokenized as one text and cut where the prompt's tokens end (lm-evaluation-harness).
+
+    Of a question without options the one branch is the target.
+    """
+    options = question.options if isinstance(question, Choice) else (question.target,)
+    # blanks at the prompt's end belong to what follows, since most tokenizers join them with the next word
+    stem = question.prompt.rstrip()
+    blanks = question.prompt[len(stem) :]
+    prompt = runner.encode(stem)
+    return Tree(prompt, [runner.encode(stem + blanks + option)[len(prompt) :] or [prompt[-1]] for option in options])
+
+
+def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, against: str | None) -> dict[str, Any]:
+    """Which questions are answered right, and the mean KL(against || this) after their prompts."""
+    trees = [tree(runner, question) for question in questions]
+    right: list[bool] = [False] * len(questions)
+    divergences = []
+    with ExitStack() as stack:
+        kept = stack.enter_context(open(keep, "wb")) if keep else None
+        reference = stack.enter_context(open(against, "rb")) if against else None
+        for number, (question, judged) in enumerate(zip(questions, runner.judge(trees), strict=True)):
+            if isinstance(question, Choice):
+                right[number] = judged.loglikelihoods.index(max(judged.loglikelihoods)) == question.answer
+            if number < KL_QUESTIONS:
+                if kept:
+                    kept.write(judged.first.tobytes())
+                if reference:
+                    divergences.append(divergence(reference, judged))
+    written = [number for number, question in enumerate(questions) if isinstance(question, Generation)]
+    if written:
+        longest = max(len(trees[number].branches[0]) for number in written)
+        texts = runner.write([trees[number].prompt for number in written], longest + SPARE_TOKENS)
+        for number, text in zip(written, texts, strict=True):
+            question = questions[number]
+            right[number] = isinstance(question, Generation) and same(text, question.target)
+    return {"right": right, "kl": sum(divergences) / len(divergences) if divergences else None}
+
+
+def same(text: str, target: str) -> bool:
+    """Whether what a model wrote is the target, up to the first line's end and blanks at either end."""
+    return text.strip().split("\n")[0].strip() == target.strip()
+
+
+def divergence(reference: BinaryIO, judged: Judged) -> float:
+    """KL in nats from the reference's next distribution to this one. Raises EdgeportError where vocabularies differ."""
+    import numpy as np
+
+    row: Array = np.frombuffer(reference.read(judged.first.nbytes), dtype=np.float32)
+    if row.size != judged.first.size:
+        raise EdgeportError(f"this model has {judged.first.size} tokens, and the one it is compared with has another number")
+    return max(0.0, float((np.exp(row) * (row - judged.first)).sum(dtype=np.float64)))
+
+
+def perplexity(runner: Runner, text: str) -> float:
+    """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own."""
+    ids = runner.encode(text)
+    pieces = list(cut(ids))
+    spread = [pieces[number * len(pieces) // CHUNKS] for number in range(CHUNKS)] if len(pieces) > CHUNKS else pieces
+    judged = runner.judge([Tree(piece[:1], [piece[1:]]) for piece in spread])
+    return exp(-sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread))
+
+
+def cut(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Pieces of CHUNK_TOKENS; the last may be shorter, of two tokens at least."""
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        piece = ids[start : start + CHUNK_TOKENS]
+        if len(piece) > 1:
+            yield piece
+
+
+def score(job: dict[str, Any]) -> dict[str, Any]:
+    tasks = [read_questions(Path(task["questions"])) for task in job["tasks"]]
+    began = time.perf_counter()
+    runner = open_runner(Path(job["model"]))
+    loaded = time.perf_counter() - began
+    results = []
+    for task, questions in zip(job["tasks"], tasks, strict=True):
+        began = time.perf_counter()
+        found = answers(runner, questions, task["keep"], task["against"])
+        results.append({**found, "seconds": time.perf_counter() - began})
+    peak = peak_bytes()  # before a whole text's logits
+    text = Path(job["text"]).read_text(encoding="utf-8") if job["text"] else None
+    return {
+        "tasks": results, "load_seconds": loaded, "peak_ram_bytes": peak,
+        "perplexity": perplexity(runner, text) if text else None,
+    }  # fmt: skip
+
+
+def main() -> int:
+    try:
+        found = score(json.load(sys.stdin))
+    except (EdgeportError, MissingExtra) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
