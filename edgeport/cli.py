@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -346,6 +347,43 @@ def demo(
 
         report = show(output, overwrite=overwrite, watch=not no_progress and not as_json)
         emit(report.to_json(), as_json, report.text())
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for results.json, results.md and results.html.")],
+    model: Annotated[str | None, typer.Option(help="Your evolved base, in place of a suite.")] = None,
+    patch: Annotated[str | None, typer.Option(help="Your patch.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSONL: prompt, and options with answer (a number) or target.")] = None,
+    old_base: Annotated[str | None, typer.Option(help="The base that the patch was made on: adds its rows.")] = None,
+    refit: Annotated[str | None, typer.Option(help="A patch trained on the evolved base itself: the ceiling.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text, UTF-8: adds each model's perplexity on it.")] = None,
+    quant: Annotated[list[str] | None, typer.Option(help="TYPE or CONTAINER:TYPE; repeats, the first is the reference.")] = None,
+    suite: Annotated[str, typer.Option(help="A packaged suite.")] = "triage",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask at most.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which questions of a suite.")] = 0,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+    no_progress: NoProgress = False,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy against memory: bases, ports and refits at several precisions, as JSON, table and web page."""
+    with mistakes():
+        from edgeport.benchmark.command import Own, bench_own, bench_suite
+
+        command, watch = f"edgeport {shlex.join(sys.argv[1:])}", lambda line: say(line, no_progress)
+        if model and patch and questions:
+            own = Own(model, patch, questions, old_base, refit)
+            results = bench_own(own, output, quant or [], text=text, limit=limit, overwrite=overwrite, offline=offline,
+                command=command, say=watch,
+            )  # fmt: skip
+        elif model or patch or questions or old_base or refit or text:
+            raise UnknownName("your own benchmark takes --model, --patch and --questions together; without any, a suite runs")
+        else:
+            results = bench_suite(suite, output, quant or [], limit=limit, seed=seed, overwrite=overwrite, command=command,
+                say=watch,
+            )  # fmt: skip
+        emit(results.to_json(), as_json, f"{results.text()}\n\nThe page is {output / 'results.html'}.")
 
 
 @app.callback(invoke_without_command=True)

@@ -62,7 +62,8 @@ class FolderRunner:
         return added
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
-        return [text for start in range(0, len(prompts), WRITERS) for text in self._write(prompts[start : start + WRITERS], tokens)]
+        several = (prompts[start : start + WRITERS] for start in range(0, len(prompts), WRITERS))
+        return [text for some in several for text in self._write(some, tokens)]
 
     def _write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         torch = self.torch

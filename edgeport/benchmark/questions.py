@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeport.demo.triage import Question as Choice
+from edgeport.demo import triage
 from edgeport.errors import EdgeportError
 
-
 MOST_OPTIONS = 128
+
+Choice = triage.Question
+"""One prompt, its options, and the number of the right one."""
 
 
 class BadQuestions(EdgeportError):

@@ -1,0 +1,108 @@
+"""The verb `bench`: the user's own model, patch and questions, or a packaged suite; checked first, then measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from edgeport import api
+from edgeport.benchmark.page import page
+from edgeport.benchmark.questions import read_questions
+from edgeport.benchmark.results import Results
+from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, Say
+from edgeport.benchmark.tasks import TASKS, asked
+from edgeport.demo import ADAPTERS, packaged_model
+from edgeport.errors import NotACheckpoint, OutputExists, UnknownName
+
+PRECISIONS = ("bf16", "Q8_0", "Q4_K_M")
+SUITES = {"triage": "the demo's model, evolution and patch; ICD-10-CM triage to 8 departments"}
+FILES = ("results.json", "results.md", "results.html")
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a user measures: paths or hub names, and files."""
+
+    model: str
+    patch: str
+    questions: Path
+    old_base: str | None = None
+    refit: str | None = None
+
+
+def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | None, limit: int | None, overwrite: bool,
+              offline: bool, command: str, say: Say) -> Results:  # fmt: skip
+    """Measure a patch on a user's model. Every mistake in the input is raised before a file is made."""
+    questions = read_questions(own.questions)[:limit]
+    if text is not None and not text.read_text(encoding="utf-8").strip():
+        raise NotACheckpoint(f"--text {text} is empty; give a text of some hundred words")
+    precisions = [Precision.parse(one) for one in quants or PRECISIONS]
+    check_output(output, overwrite)
+    for base, patch, old in (
+        (own.model, own.patch, own.old_base), (own.old_base, own.patch, own.old_base), (own.model, own.refit, own.model),
+    ):  # fmt: skip
+        for precision in precisions:
+            if base is not None and patch is not None:
+                place = precision.path(output, ".planned")
+                api.plan(
+                    new_base=base, patch=patch, old_base=old, output=place, to=precision.container, quant=precision.quant,
+                    offline=offline,
+                )  # fmt: skip
+    case = Case(own.questions.stem, questions, own.patch, own.refit)
+    evolution = Evolution(Path(own.model).name, own.model, own.old_base)
+    tasks = [facts(case, case.name, own.questions.name)]
+    extra = ["--offline"] if offline else []
+    with working(output) as folder:
+        rows = list(Bench(Path(folder), precisions, text, extra, say).measure(evolution, [case]))
+    return written(Results(command, tasks, None, rows), output)
+
+
+def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | None, seed: int, overwrite: bool, command: str,
+                say: Say) -> Results:  # fmt: skip
+    """A packaged suite, offline."""
+    if name not in SUITES:
+        known = ", ".join(f"{suite} ({what})" for suite, what in SUITES.items())
+        raise UnknownName(f"no suite is called {name}; there is {known}")
+    precisions = [Precision.parse(one) for one in quants or PRECISIONS]
+    check_output(output, overwrite)
+    case = Case("triage", asked("triage", "test", limit or 400, seed), str(ADAPTERS / "triage"))
+    with working(output) as folder:
+        evolved = str(Path(folder) / "evolved")
+        api.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16", offline=True)
+        evolution = Evolution("LoRA r8", evolved, str(packaged_model()))
+        rows = list(Bench(Path(folder), precisions, None, ["--offline"], say).measure(evolution, [case]))
+    return written(Results(command, [facts(case, TASKS["triage"].title, TASKS["triage"].source)], seed, rows), output)
+
+
+def facts(case: Case, title: str, source: str) -> dict[str, object]:
+    """What the report says of a task."""
+    return {"name": case.name, "title": title, "source": source, "questions": len(case.questions), "floor": case.floor()}
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises OutputExists for results that would be replaced, and for a file where the folder should be."""
+    if output.exists() and not output.is_dir():
+        raise OutputExists(f"{output} is a file; give a folder for the results")
+    present = [name for name in FILES if (output / name).exists()]
+    if present and not overwrite:
+        raise OutputExists(f"{output} has {', '.join(present)} already; give another -o or --overwrite")
+
+
+def working(output: Path) -> TemporaryDirectory[str]:
+    """A folder for models in work, beside the results: they may be larger than what /tmp holds."""
+    output.mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix=".work-", dir=output)
+
+
+def written(results: Results, output: Path) -> Results:
+    """Write the three files, each whole or not at all."""
+    contents = (json.dumps(results.to_json(), indent=1) + "\n", results.markdown(), page(results))
+    for name, content in zip(FILES, contents, strict=True):
+        partial = output / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        shutil.move(partial, output / name)
+    return results

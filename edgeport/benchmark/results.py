@@ -1,0 +1,133 @@
+"""What a benchmark found: one row a model, task and precision; as results.json and as a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgeport import __version__
+from edgeport.demo.triage import accuracy_interval
+from edgeport.memory import in_words
+from edgeport.report import table
+
+FORMAT = 1
+OLD, TUNED, EVOLVED, PORTED, REFIT = "old base", "tuned old base", "evolved base", "ported", "re-tuned"
+MODELS = (OLD, TUNED, EVOLVED, PORTED, REFIT)
+"""The rows of PortLLM's table: the last is the ceiling, the patch trained again on the evolved base."""
+PACKAGES = (
+    "torch", "transformers", "llama-cpp-python", "gguf", "bitsandbytes", "onnxruntime", "simple-icd-10-cm", "reasoning-gym",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model that was asked the questions of one task. Peaks are VmHWM of the process that did it, libraries included."""
+
+    task: str
+    evolution: str
+    model: str
+    precision: str
+    bytes: int
+    """Of the model's files of weights."""
+    correct: int
+    total: int
+    score_seconds: float
+    score_peak_bytes: int
+    perplexity: float | None = None
+    """On the given text."""
+    negative_flips: int | None = None
+    """Questions that the tuned old base (else the port in the first precision) answers right, and this model wrong."""
+    kl: float | None = None
+    """Mean KL in nats from the port in the first precision to this model, of the token after each prompt."""
+    gain_kept: float | None = None
+    """(this - evolved base) / (re-tuned - evolved base) in accuracy, bases in the first precision; None without a gain."""
+    patch_kept: float | None = None
+    """Mean share of the patch's change to the weights that the file keeps."""
+    port_seconds: float | None = None
+    port_peak_bytes: int | None = None
+    port_above_bytes: int | None = None
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return accuracy_interval(self.correct, self.total)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "accuracy": self.accuracy, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    command: str
+    tasks: Sequence[dict[str, Any]]
+    """name, title, source, questions, and `floor`: the share that always giving the commonest answer would get right."""
+    seed: int | None
+    rows: Sequence[Row]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "command": self.command, "seed": self.seed, "machine": machine(), "versions": versions(),
+            "tasks": list(self.tasks), "notes": list(self.notes), "rows": [row.to_json() for row in self.rows],
+        }  # fmt: skip
+
+    def text(self) -> str:
+        """For a terminal."""
+        return table(HEAD, [cells(row) for row in self.rows])
+
+    def markdown(self) -> str:
+        """A table of all rows."""
+        lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
+        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
+
+
+HEAD = (
+    "task", "evolution", "model", "precision", "accuracy (95 %)", "size", "RAM to run", "port: time", "RAM above import",
+    "flips", "KL to first", "gain kept", "perplexity",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    low, high = row.interval
+    return [
+        row.task, row.evolution, row.model, row.precision, f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})", in_words(row.bytes),
+        in_words(row.score_peak_bytes), "-" if row.port_seconds is None else f"{row.port_seconds:.1f} s",
+        "-" if row.port_above_bytes is None else in_words(row.port_above_bytes), shown(row.negative_flips, "d"),
+        shown(row.kl, ".4f"), shown(row.gain_kept, ".0%"), shown(row.perplexity, ".2f"),
+    ]  # fmt: skip
+
+
+def shown(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
+def machine() -> dict[str, Any]:
+    """What seconds and peaks depend on; nothing that names the machine or its owner."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "processor": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of edgeport, Python and every package that moves the figures and is installed."""
+    found = {"edgeport": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

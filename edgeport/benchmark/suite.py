@@ -1,0 +1,194 @@
+"""The benchmark's models, made one at a time and asked: bases, ports and refits at every precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeport.benchmark.questions import Asked, gold, write_questions
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
+from edgeport.demo import child
+from edgeport.errors import EdgeportError, UnknownName
+from edgeport.registry import converters
+
+FOLDER_QUANTS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
+LEAST_GAIN = 0.01
+"""Accuracy that refitting has to add before a share of it says anything."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What `port --to` and `--quant` are given."""
+
+    container: str
+    quant: str
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """`Q4_K_M`, `nf4`, or with the container before it, `onnx:int4`. Raises UnknownName."""
+        before, colon, quant = text.rpartition(":")
+        container = before if colon else "hf" if text.lower() in FOLDER_QUANTS else "gguf"
+        able = [name for name, one in converters().items() if one.writes]
+        if container not in able or not quant:
+            raise UnknownName(f"--quant {text}: TYPE or CONTAINER:TYPE was expected, with a container of {', '.join(able)}")
+        return cls(container, quant)
+
+    @property
+    def name(self) -> str:
+        return self.quant if self.container == "gguf" else f"{self.quant} ({self.container})"
+
+    def path(self, folder: Path, stem: str) -> Path:
+        return folder / (f"{stem}.gguf" if self.container == "gguf" else stem)
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--to", self.container, "--quant", self.quant]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One task: its questions, the patch that was made for it on the old base, and perhaps one made on the evolved base."""
+
+    name: str
+    questions: Sequence[Asked]
+    patch: str
+    refit: str | None = None
+
+    def floor(self) -> float:
+        """The share of right answers that the commonest answer gets."""
+        return Counter(map(gold, self.questions)).most_common(1)[0][1] / len(self.questions)
+
+
+@dataclass(frozen=True, slots=True)
+class Evolution:
+    """An evolved base, and the base that it evolved from, where there is one to compare with."""
+
+    name: str
+    base: str
+    old: str | None = None
+
+
+@dataclass(slots=True)
+class Bench:
+    """Measures cases on evolutions. `folder` holds what is in work, and is empty afterwards but for the questions."""
+
+    folder: Path
+    precisions: Sequence[Precision]
+    """The first is the reference."""
+    text: Path | None = None
+    extra: Sequence[str] = ()
+    """Flags for every port and export."""
+    say: Say = lambda text: None
+
+    def measure(self, evolution: Evolution, cases: Sequence[Case]) -> Iterator[Row]:
+        """All rows of an evolution."""
+        for case in cases:
+            write_questions(self.questions(case), case.questions)
+        reference = self.precisions[0]
+        asked: dict[tuple[str, str, str], list[bool]] = {}
+        rows = []
+        todo = [(PORTED, reference), *((EVOLVED, one) for one in self.precisions)]
+        if evolution.old is not None:
+            todo += [(OLD, reference), (TUNED, reference)]
+        todo += [(PORTED, one) for one in self.precisions[1:]] + [(REFIT, one) for one in self.precisions]
+        for model, precision in todo:
+            for row, right in self.rows(evolution, cases, model, precision):
+                rows.append(row)
+                asked[row.task, model, precision.name] = right
+        for case in cases:
+            (self.rows_file(case)).unlink(missing_ok=True)
+        yield from (completed(row, rows, asked, reference.name) for row in rows)
+
+    def rows(
+        self, evolution: Evolution, cases: Sequence[Case], model: str, precision: Precision
+    ) -> Iterator[tuple[Row, list[bool]]]:
+        """One model at one precision: a base serves all cases at once, and each patch makes a model of its own."""
+        base = evolution.old if model in (OLD, TUNED) else evolution.base
+        assert base is not None
+        if model in (OLD, EVOLVED):
+            yield from self.one(evolution.name, cases, model, precision, ["export", base])
+            return
+        for case in cases:
+            patch = case.refit if model == REFIT else case.patch
+            made_on = evolution.base if model == REFIT else evolution.old
+            if patch is not None:
+                command = ["port", "--patch", patch, "--new-base", base, *(["--old-base", made_on] if made_on else [])]
+                yield from self.one(evolution.name, [case], model, precision, command)
+
+    def one(
+        self, evolution: str, cases: Sequence[Case], model: str, precision: Precision, command: Sequence[str]
+    ) -> Iterator[tuple[Row, list[bool]]]:
+        """Make a model, put every case's questions to it, and remove it."""
+        names = ", ".join(case.name for case in cases)
+        self.say(f"{evolution}: {model}, {precision.name}: {names}")
+        place = precision.path(self.folder, "model")
+        arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
+        receipt = child(["-m", "edgeport", *arguments, "--json", "--no-progress"])
+        try:
+            first = model == PORTED and precision == self.precisions[0]
+            found = self.ask(place, cases, "keep" if first else "against")
+        finally:
+            remove(place)
+        patched = model not in (OLD, EVOLVED)
+        for case, answers in zip(cases, found["tasks"], strict=True):
+            right = answers["right"]
+            yield Row(
+                task=case.name, evolution=evolution, model=model, precision=precision.name, bytes=receipt["bytes_out"],
+                correct=sum(right), total=len(right), score_seconds=answers["seconds"],
+                score_peak_bytes=found["peak_ram_bytes"], perplexity=found["perplexity"], kl=answers["kl"],
+                patch_kept=(receipt["survival"] or {}).get("mean") if patched else None,
+                port_seconds=receipt["seconds"] if patched else None,
+                port_peak_bytes=receipt["peak_ram_bytes"] if patched else None,
+                port_above_bytes=receipt["peak_above_import_bytes"] if patched else None,
+            ), right  # fmt: skip
+
+    def ask(self, model: Path, cases: Sequence[Case], role: str) -> dict[str, Any]:
+        """The answers of a model. `role`: keep its distributions, or compare them with those that were kept."""
+        tasks = [
+            {"questions": str(self.questions(case)), "keep": None, "against": None, role: str(self.rows_file(case))}
+            for case in cases
+        ]
+        job = {"model": str(model), "text": str(self.text) if self.text else None, "tasks": tasks}
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeport.benchmark.score"], input=json.dumps(job), capture_output=True, text=True
+        )
+        if done.returncode:
+            complaint = done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and no message"]
+            raise EdgeportError(f"{model.name} could not be asked: {complaint[-1]}")
+        return dict(json.loads(done.stdout))
+
+    def questions(self, case: Case) -> Path:
+        return self.folder / f"{case.name}.jsonl"
+
+    def rows_file(self, case: Case) -> Path:
+        return self.folder / f"{case.name}.distributions"
+
+
+def completed(row: Row, rows: Sequence[Row], asked: dict[tuple[str, str, str], list[bool]], reference: str) -> Row:
+    """The row with what only a comparison with other rows can tell."""
+    ours = asked[row.task, row.model, row.precision]
+    before = asked.get((row.task, TUNED, reference), asked[row.task, PORTED, reference])
+    flips = sum(was and not now for was, now in zip(before, ours, strict=True))
+    patched = row.model in (TUNED, PORTED, REFIT)
+    accuracies = {one.model: one.accuracy for one in rows if (one.task, one.precision) == (row.task, reference)}
+    gain = accuracies.get(REFIT, 0.0) - accuracies[EVOLVED]
+    kept = (row.accuracy - accuracies[EVOLVED]) / gain if row.model in (PORTED, REFIT) and gain >= LEAST_GAIN else None
+    return replace(row, negative_flips=flips if patched else None, gain_kept=kept, kl=row.kl if row.model == PORTED else None)
+
+
+def remove(place: Path) -> None:
+    """A model that edgeport wrote, with its manifest."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+        place.with_name(f"{place.name}.edgeport.json").unlink(missing_ok=True)
