@@ -42,12 +42,14 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
         raise NotACheckpoint(f"--text {text} is empty; give a text of some hundred words")
     precisions = [Precision.parse(one) for one in quants or PRECISIONS]
     check_output(output, overwrite)
+    # ports go into a folder that is made only when all is well; the one it will be in has the same disk
+    standing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     for base, patch, old in (
         (own.model, own.patch, own.old_base), (own.old_base, own.patch, own.old_base), (own.model, own.refit, own.model),
     ):  # fmt: skip
         for precision in precisions:
             if base is not None and patch is not None:
-                place = precision.path(output, ".planned")
+                place = precision.path(standing, ".planned")
                 api.plan(
                     new_base=base, patch=patch, old_base=old, output=place, to=precision.container, quant=precision.quant,
                     offline=offline,

@@ -1,0 +1,63 @@
+"""Make three successive updates of a base: a LoRA of rank 64 on all projections, merged, and the next one trained on that.
+
+Each update reads another book: Debian's handbook, its reference and its developers' reference, from the packages
+`debian-handbook`, `debian-reference-en` and `developers-reference` (unpacked as in `bench.train_evolution`):
+
+python -m bench.train_chain --text HANDBOOK REFERENCE DEVELOPERS -o chain
+
+writes chain/1, chain/2 and chain/3, bf16 folders. The first is also the benchmark's LoRA drift of rank 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import edgeport
+from bench import train_evolution, training
+from bench.train_evolution import CHUNK, batches
+
+RECIPE = replace(train_evolution.RECIPE, steps=40, rank=64, alpha=128)
+
+
+def update(base: Path, text: Path, folder: Path, recipe: training.Recipe) -> None:
+    """One update: train on `text`, merge into bf16, and keep what perplexity it made of the text's held-out pages."""
+    model = training.load_base(base)
+    tokenizer = training.load_tokenizer(base)
+    chunks, held_out = training.text_chunks([text], tokenizer, CHUNK)
+    before = training.perplexity(model, held_out)
+    evolved = training.attach_lora(model, recipe)
+    torch.set_float32_matmul_precision("medium")
+    run = training.train(evolved, recipe, batches(chunks, recipe), lambda ids: evolved(input_ids=ids, labels=ids).loss)
+    torch.set_float32_matmul_precision("highest")
+    adapter = folder.with_name(f"{folder.name}-adapter")
+    training.save_adapter(evolved, recipe, adapter)
+    edgeport.port(patch=adapter, new_base=base, output=folder, to="hf", quant="bf16", overwrite=True)
+    after = training.perplexity(training.load_base(folder), held_out)
+    print(f"{folder.name}: held-out perplexity {before:.2f} -> {after:.2f}", flush=True)
+    record = {
+        "recipe": asdict(recipe), f"mean_loss_of_{training.LOG_EVERY}_steps": run.losses, "wall_seconds": run.wall_seconds,
+        "held_out_perplexity": {"before": round(before, 3), "after": round(after, 3)}, "versions": training.versions(),
+    }  # fmt: skip
+    (adapter / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_options(parser, RECIPE)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="one page or folder of HTML pages an update")
+    arguments = parser.parse_args()
+    recipe = training.recipe_of(arguments, RECIPE)
+    base = arguments.base
+    for number, text in enumerate(arguments.text, 1):
+        folder = arguments.output / str(number)
+        update(base, text, folder, replace(recipe, seed=recipe.seed + number - 1))
+        base = folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""edgeport bench: scores against transformers, the figures between rows by hand, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import edgeport
+from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
+from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
+from edgeport.benchmark.runner import Tree, groups, open_runner
+from edgeport.benchmark.score import divergence, perplexity, same, tree
+from edgeport.benchmark.suite import Precision, completed
+from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
+from edgeport.cli import app
+from edgeport.errors import EdgeportError, UnknownName
+from tests.conftest import TinyLlama
+
+CHOICES = [
+    Choice("the patch is added", (" to the base", " to", " Department: oncology"), 0),
+    Choice("Diagnosis: melanoma ", ("of the skin", "oncology of one block", "é"), 1),
+    Choice("def port(base):", (" return base", " return patch", " 0123"), 2),
+]
+WRITTEN = [Generation("one block of", " one"), Generation("Diagnosis: melanoma of the skin. Department:", " x")]
+
+
+def naive(folder: Path, question: Choice) -> tuple[list[float], np.ndarray[Any, Any]]:
+    """Each option in a forward pass of its own: log-likelihoods, and the distribution after the prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = len(tokenizer(question.prompt.rstrip())["input_ids"])
+    found = []
+    for option in question.options:
+        ids = tokenizer(question.prompt + option, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logs = model(ids).logits[0].log_softmax(-1)
+        found.append(sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1])))
+    return found, logs[start - 1].numpy()
+
+
+@pytest.fixture
+def models(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
+    """One model as a folder and as a GGUF, in float32."""
+    folder = tiny_llama("model", vocab=300)
+    edgeport.export(model=folder, output=tmp_path / "model.gguf", to="gguf", quant="f32")
+    return {"hf": folder, "gguf": tmp_path / "model.gguf"}
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf"])
+def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: dict[str, Path]) -> None:
+    runner = open_runner(models[container])
+    judged = list(runner.judge([tree(runner, question) for question in CHOICES]))
+    for question, one in zip(CHOICES, judged, strict=True):
+        expected, first = naive(models["hf"], question)
+        np.testing.assert_allclose(one.loglikelihoods, expected, atol=2e-2, rtol=1e-3)
+        np.testing.assert_allclose(one.first, first, atol=1e-2)
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf"])
+def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models["hf"]), AutoTokenizer.from_pretrained(models["hf"])
+    runner = open_runner(models[container])
+    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 6)
+    for question, text in zip(WRITTEN, texts, strict=True):
+        ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
+        row = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+        expected = tokenizer.decode(row, skip_special_tokens=True)
+        assert expected.startswith(text) and (text == expected or "\n" in text)
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf"])
+def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = " ".join(f"def port{number}(base, patch): return base + patch" for number in range(3))
+    ids = AutoTokenizer.from_pretrained(models["hf"])(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(models["hf"])(ids, labels=ids).loss.exp().item()
+    assert perplexity(open_runner(models[container]), text) == pytest.approx(expected, rel=2e-3)
+
+
+def test_groups_hold_what_they_may() -> None:
+    trees = [Tree([0] * 5, [[1, 2], [3]])] * 5
+    sizes = [len(group) for group in groups(trees, 12, 100)]
+    assert sizes == [2, 2, 1]
+    assert [len(group) for group in groups(trees, 100, 4)] == [2, 2, 1]
+    assert [len(group) for group in groups(trees, 3, 1)] == [1] * 5
+
+
+def test_divergence_by_hand(tmp_path: Path) -> None:
+    reference, other = np.log(np.array([0.5, 0.25, 0.25], np.float32)), np.log(np.array([0.25, 0.25, 0.5], np.float32))
+    path = tmp_path / "kept"
+    path.write_bytes(reference.tobytes())
+    from edgeport.benchmark.runner import Judged
+
+    with path.open("rb") as file:
+        assert divergence(file, Judged(other, [])) == pytest.approx(0.25 * np.log(2), rel=1e-5)
+    with path.open("rb") as file, pytest.raises(EdgeportError, match="4 tokens"):
+        divergence(file, Judged(np.zeros(4, np.float32), []))
+
+
+@pytest.mark.parametrize(("text", "right"), [(" 34\n35", True), ("34", True), ("\n 34", True), (" 345", False), ("", False)])
+def test_exact_match(text: str, right: bool) -> None:
+    assert same(text, " 34") == right
+
+
+# Figures between rows.
+
+
+def row(model: str, precision: str, right: Sequence[bool]) -> Row:
+    return Row("t", "e", model, precision, 1, sum(right), len(right), 0.0, 1, kl=0.5)
+
+
+def test_flips_and_kept_gain_by_hand() -> None:
+    right = {
+        (TUNED, "bf16"): [True, True, True, False], (EVOLVED, "bf16"): [True, False, False, False],
+        (PORTED, "bf16"): [True, True, False, False], (REFIT, "bf16"): [True, True, True, False],
+        (PORTED, "Q4_0"): [False, True, False, True], (EVOLVED, "Q4_0"): [False, False, False, False],
+    }  # fmt: skip
+    rows = [row(*key, answers) for key, answers in right.items()]
+    asked_of = {("t", *key): answers for key, answers in right.items()}
+    found = {(one.model, one.precision): completed(one, rows, asked_of, "bf16") for one in rows}
+    assert [found[PORTED, name].negative_flips for name in ("bf16", "Q4_0")] == [1, 2]
+    assert [found[PORTED, name].gain_kept for name in ("bf16", "Q4_0")] == [0.5, 0.5]
+    assert found[REFIT, "bf16"].gain_kept == 1.0
+    assert found[EVOLVED, "Q4_0"].gain_kept is None and found[EVOLVED, "Q4_0"].negative_flips is None
+    assert found[EVOLVED, "Q4_0"].kl is None and found[PORTED, "Q4_0"].kl == 0.5
+
+
+def test_no_share_of_a_gain_that_is_not_there() -> None:
+    rows = [row(EVOLVED, "bf16", [True, True]), row(PORTED, "bf16", [True, False]), row(REFIT, "bf16", [True, True])]
+    asked_of = {("t", one.model, "bf16"): [True] * one.correct + [False] * (2 - one.correct) for one in rows}
+    assert completed(rows[1], rows, asked_of, "bf16").gain_kept is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Q4_K_M", ("gguf", "Q4_K_M")), ("nf4", ("hf", "nf4")), ("hf:bf16", ("hf", "bf16")), ("bf16", ("gguf", "bf16"))],
+)
+def test_precisions_know_their_container(text: str, expected: tuple[str, str]) -> None:
+    found = Precision.parse(text)
+    assert (found.container, found.quant) == expected
+
+
+@pytest.mark.parametrize("text", ["tflite:int8", "gguf:", ":Q8_0"])
+def test_a_precision_that_means_nothing(text: str) -> None:
+    with pytest.raises(UnknownName, match="CONTAINER:TYPE"):
+        Precision.parse(text)
+
+
+# Questions.
+
+
+def test_questions_are_read_back(tmp_path: Path) -> None:
+    write_questions(tmp_path / "q.jsonl", [*CHOICES, *WRITTEN])
+    assert read_questions(tmp_path / "q.jsonl") == [*CHOICES, *WRITTEN]
+
+
+GOOD = '{"prompt": "p", "target": "t"}'
+BAD = {
+    "{": "not JSON",
+    "[1]": "an object",
+    '{"prompt": "p"}': "either options",
+    '{"prompt": "p", "target": "t", "options": ["a", "b"], "answer": 0}': "not both",
+    '{"prompt": " ", "target": "t"}': "prompt has to be a text",
+    '{"prompt": "p", "target": 3}': "target has to be a text",
+    '{"prompt": "p", "options": "ab", "answer": 0}': "list of texts",
+    '{"prompt": "p", "options": ["a"], "answer": 0}': "2 to 128",
+    '{"prompt": "p", "options": ["a", "a"], "answer": 0}': "2 to 128",
+    '{"prompt": "p", "options": ["a", "b"]}': "0 to 1",
+    '{"prompt": "p", "options": ["a", "b"], "answer": 2}': "0 to 1",
+    '{"prompt": "p", "options": ["a", "b"], "answer": true}': "0 to 1",
+    '{"prompt": "p", "target": "t", "anwser": 1}': "anwser: no such field",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_the_first_bad_line_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(f"{GOOD}\n\n{line}\n{{\n")
+    with pytest.raises(BadQuestions, match=r"q\.jsonl, line 3: ") as caught:
+        read_questions(tmp_path / "q.jsonl")
+    assert BAD[line] in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "no question"), (b"\xff\xfe", "not UTF-8")])
+def test_files_without_questions(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(content)
+    with pytest.raises(BadQuestions, match=says):
+        read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_are_disjoint_deterministic_and_large(name: str) -> None:
+    test, train = asked(name, "test", 500), TASKS[name].make("train", 480, 0)
+    other = TASKS[name].make("train", 480, 1)
+    prompts = {question.prompt for question in test}
+    assert len(test) == len(prompts) == 500
+    assert prompts.isdisjoint(question.prompt for question in [*train, *other])
+    assert {gold(question) for question in test} & {gold(question) for question in train}
+    assert TASKS[name].make("train", 480, 0) == train != other
+
+
+def test_a_generator_gives_the_same_questions_in_another_process() -> None:
+    script = "from edgeport.benchmark.tasks import asked; print([q.prompt for q in asked('family', 'test', 5)])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([question.prompt for question in asked("family", "test", 5)])
+
+
+def test_arithmetic_is_right() -> None:
+    known = {question.prompt: gold(question) for question in asked("legs", "test", 500)}
+    assert known["How many legs are there in total if you have 3 dogs, 5 fireflys?\nAnswer:"] == " 42"
+
+
+def test_every_chapter_is_asked_for() -> None:
+    assert {gold(question) for question in asked("chapters", "test", 500)} == set(CHAPTERS.values())
+
+
+# The verb.
+
+
+def patch(folder: Path, seed: int, scale: float = 0.2) -> Path:
+    """A PEFT LoRA on both layers' q_proj of the tiny model."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(seed)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {
+        name.format(layer, which): scale * torch.randn(shape, generator=draw)
+        for layer in range(2) for which, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    )
+    return folder
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments), "--no-progress"])
+
+
+@pytest.fixture
+def own(tiny_llama: TinyLlama, tmp_path: Path) -> list[str | Path]:
+    """What a user types for a benchmark of a tiny model."""
+    model = tiny_llama("evolved", vocab=300, dtype="bfloat16")
+    write_questions(tmp_path / "mine.jsonl", [*CHOICES, *WRITTEN])
+    given = patch(tmp_path / "patch", 1)
+    return ["--model", model, "--patch", given, "--questions", tmp_path / "mine.jsonl", "-o", tmp_path / "out"]
+
+
+def test_ones_own_model_patch_and_questions(own: list[str | Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the patch is added to the base, one block of one weight at a time\n" * 3)
+    done = run(*own, "--quant", "bf16", "--quant", "Q8_0", "--text", tmp_path / "text.txt", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "results.html"}
+    rows = {(one["model"], one["precision"]): one for one in found["rows"]}
+    assert set(rows) == {(model, quant) for model in ("evolved base", "ported") for quant in ("bf16", "Q8_0")}
+    # the port that the verb measured is the port that a user would make, put to the same questions
+    ported = tmp_path / "ported.gguf"
+    edgeport.port(patch=own[3], new_base=own[1], output=ported, to="gguf", quant="bf16")
+    runner = open_runner(ported)
+    expected = [judged.loglikelihoods for judged in runner.judge([tree(runner, question) for question in CHOICES])]
+    right = sum(scores.index(max(scores)) == question.answer for scores, question in zip(expected, CHOICES, strict=True))
+    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 12)
+    right += sum(same(text, question.target) for text, question in zip(texts, WRITTEN, strict=True))
+    assert rows["ported", "bf16"]["correct"] == right
+    assert rows["ported", "bf16"]["perplexity"] == pytest.approx(perplexity(runner, (tmp_path / "text.txt").read_text()))
+    assert rows["ported", "bf16"]["bytes"] == ported.stat().st_size > rows["ported", "Q8_0"]["bytes"]
+    assert 0 < rows["ported", "Q8_0"]["kl"] < 0.1 and rows["ported", "bf16"]["kl"] is None
+    assert rows["evolved base", "bf16"]["port_seconds"] is None
+    assert all(one["score_peak_bytes"] > one["bytes"] for one in found["rows"])
+    assert found["tasks"] == [
+        {"name": "mine", "title": "mine", "source": "mine.jsonl", "questions": 5, "floor": 0.2}
+    ]
+
+
+@pytest.mark.slow
+def test_all_rows_and_a_folder(own: list[str | Path], tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    old, refit = tiny_llama("old", vocab=300, dtype="bfloat16", seed=1), patch(tmp_path / "refit", 2)
+    done = run(*own, "--quant", "hf:bf16", "--old-base", old, "--refit", refit)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {(one["model"], one["precision"]) for one in rows} == {(model, "bf16 (hf)") for model in MODELS}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        (["--quant", "Q9_9"], 2, "Q9_9"),
+        (["--quant", "tflite:int8"], 2, "CONTAINER:TYPE"),
+        (["--suite", "x", "--model", ""], 2, "--model, --patch and --questions together"),
+        (["--patch", "nowhere"], 1, "nowhere does not exist"),
+        (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--old-base", "nowhere"], 1, "nowhere does not exist"),
+        (["--refit", "nowhere"], 1, "nowhere does not exist"),
+    ],
+)
+def test_mistakes_come_before_any_file(change: list[str], code: int, says: str, own: list[str | Path], tmp_path: Path) -> None:
+    done = run(*own, *change)
+    assert (done.exit_code, (tmp_path / "out").exists()) == (code, False), done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_unknown_suite_and_present_results(own: list[str | Path], tmp_path: Path) -> None:
+    done = run("--suite", "mmlu", "-o", tmp_path / "out")
+    assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert "triage" in done.stderr
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    done = run(*own)
+    assert done.exit_code == 1 and "--overwrite" in done.stderr
+    assert (tmp_path / "out" / "results.json").read_text() == "mine"

@@ -1,0 +1,144 @@
+"""The benchmark's page in a real browser: toggles, sorts, shows what it is asked for, and asks no network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeport.benchmark.page import page
+from edgeport.benchmark.results import MODELS, Results, Row
+
+BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
+PHONE = {"width": 390, "height": 844}
+
+
+def results() -> Results:
+    """Two tasks, two evolutions and three precisions, with a hostile name among them."""
+    rows = [
+        Row(task, evolution, model, precision, size << 20, correct=100 + 40 * at - 10 * drop, total=400, score_seconds=3.0,
+            score_peak_bytes=(size + 160) << 20, perplexity=20.0 + drop)
+        for task in ("triage", "legs")
+        for evolution in ("LoRA", "</script><b>full")
+        for at, model in enumerate(MODELS)
+        for drop, (precision, size) in enumerate((("bf16", 258), ("Q8_0", 138), ("Q4_0", 88)))
+    ]  # fmt: skip
+    rows = [replace(row, port_peak_bytes=270 << 20, port_seconds=2.5, kl=0.01) if row.model == "ported" else row for row in rows]
+    tasks = [
+        {"name": "triage", "title": "Triage", "source": "made up", "questions": 400, "floor": 0.125},
+        {"name": "legs", "title": "Legs", "source": "made up", "questions": 400, "floor": 0.05},
+    ]
+    return Results("edgeport bench -o out", tasks, 0, rows, ("A note.",))
+
+
+def test_the_page_carries_everything_itself() -> None:
+    content = page(results())
+    assert not re.search(r"""(?:src|href)\s*=|@import|url\(|fetch\(""", content)
+    assert content.count("</script>") == 1
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync.sync_playwright() as driver:
+        own = Path(driver.chromium.executable_path)
+        found = next((path for name in BROWSERS if (path := shutil.which(name))), str(own) if own.exists() else None)
+        if found is None:
+            pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+        # a container's root has no sandbox, and the page is our own
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def shown(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """The page, opened; at the end nothing has gone wrong in it, and nothing was asked of a network."""
+    (tmp_path / "results.html").write_text(page(results()), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 1180, "height": 900}, color_scheme="light")
+    opened = context.new_page()
+    mistakes, requests = [], []
+    opened.on("pageerror", lambda error: mistakes.append(str(error)))
+    opened.on("console", lambda message: mistakes.append(message.text) if message.type == "error" else None)
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto((tmp_path / "results.html").as_uri())
+    yield opened
+    assert mistakes == []
+    assert [url for url in requests if not url.startswith("file:")] == []
+    context.close()
+
+
+def press(shown: Any, group: str, name: str) -> None:
+    shown.locator(f'button[data-set="{group}"][data-name="{name}"]').click()
+
+
+def column(shown: Any, place: int) -> list[str]:
+    return [text.strip() for text in shown.locator(f"#body td:nth-child({place})").all_inner_texts()]
+
+
+def test_toggles(shown: Any) -> None:
+    dots = shown.locator(".dot")
+    assert dots.count() == 15  # five models in three precisions, of the first evolution
+    press(shown, "precision", "Q8_0")
+    assert dots.count() == 10 and "Q8_0" not in column(shown, 2)
+    press(shown, "evolution", "</script><b>full")
+    assert dots.count() == 20
+    press(shown, "model", "old base")
+    assert dots.count() == 16 and "old base" not in column(shown, 1)
+    press(shown, "axis", "port_peak_bytes")
+    assert dots.count() == 4 and shown.locator("tbody tr").count() == 16  # bases are not ported
+    press(shown, "task", "legs")
+    assert "Legs" in shown.locator("#what").inner_text()
+    for evolution in ("LoRA", "</script><b>full"):
+        press(shown, "evolution", evolution)
+    assert dots.count() == 0 and "Nothing to show" in shown.locator("#chart").inner_text()
+
+
+def test_sorting(shown: Any) -> None:
+    accuracies = [float(text.split(" %")[0]) for text in column(shown, 3)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    shown.locator('th[data-key="bytes"]').click()
+    sizes = [float(text.split()[0]) for text in column(shown, 4)]
+    assert sizes == sorted(sizes, reverse=True)
+    shown.locator('th[data-key="bytes"]').press("Enter")
+    assert [float(text.split()[0]) for text in column(shown, 4)] == sorted(sizes)
+    assert shown.locator('th[data-key="bytes"]').get_attribute("aria-sort") == "ascending"
+
+
+def test_the_front_is_of_models_that_none_beats(shown: Any) -> None:
+    """In these figures the re-tuned model leads in each precision, and fewer bits cost accuracy."""
+    path = shown.locator(".front").get_attribute("d")
+    assert path.count("H") == path.count("V") == 2
+    spots = [shown.locator(f'.dot[aria-label^="re-tuned, {name}"]').bounding_box() for name in ("Q4_0", "Q8_0", "bf16")]
+    assert [box["x"] for box in spots] == sorted(box["x"] for box in spots)
+    assert [box["y"] for box in spots] == sorted((box["y"] for box in spots), reverse=True)
+
+
+def test_hovering_names_the_row(shown: Any) -> None:
+    tip = shown.locator("#tip")
+    assert not tip.is_visible()
+    shown.locator('.dot[aria-label^="ported, Q4_0"]').hover()
+    text = tip.inner_text()
+    assert "ported" in text and "50.0 %" in text and "88 MiB" in text and "0.0100" in text
+    assert shown.locator("tbody tr.lit").count() == 1
+
+
+def test_light_dark_phone_and_paper(shown: Any, tmp_path: Path) -> None:
+    def background() -> str:
+        return str(shown.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = background()
+    shown.locator("#theme").click()
+    assert background() != light
+    shown.set_viewport_size(PHONE)
+    assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.locator("svg[role=img]").bounding_box()["width"] <= PHONE["width"]
+    assert min(box["height"] for button in shown.locator("button").all() if (box := button.bounding_box())) >= 36
+    picture = shown.screenshot(path=tmp_path / "phone.png", full_page=True)
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert shown.pdf(path=tmp_path / "page.pdf").startswith(b"%PDF")
