@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The Llama shape of a model."""
+    """The shape of a Llama, or of a model that differs from one by its name, head size and norms."""
 
     hidden: int
     layers: int
@@ -29,33 +30,49 @@ class Shape:
     vocabulary: int
     heads: int
     kv_heads: int
+    head_size: int = 0
+    """0: hidden / heads."""
+    tied: bool = True
+    family: str = "Llama"
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
     def config(self) -> dict[str, Any]:
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
-            "intermediate_size": self.feed_forward, "num_hidden_layers": self.layers,
+            "architectures": [f"{self.family}ForCausalLM"], "model_type": self.family.lower(), "hidden_size": self.hidden,
+            "intermediate_size": self.feed_forward, "num_hidden_layers": self.layers, "head_dim": self.head_dim,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "vocab_size": self.vocabulary,
             "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-            "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+            "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.hidden // self.heads
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(shape) for _, shape in self.tensors())
 
     def matrix(self, module: str) -> tuple[int, int]:
         """[out, in] of one of the seven projections."""
-        narrow = self.hidden // self.heads * self.kv_heads
+        wide, narrow = self.head_dim * self.heads, self.head_dim * self.kv_heads
         return {
+            "q_proj": (wide, self.hidden), "o_proj": (self.hidden, wide),
             "k_proj": (narrow, self.hidden), "v_proj": (narrow, self.hidden),
             "gate_proj": (self.feed_forward, self.hidden), "up_proj": (self.feed_forward, self.hidden),
             "down_proj": (self.hidden, self.feed_forward),
-        }.get(module.rsplit(".", 1)[-1], (self.hidden, self.hidden))  # fmt: skip
+        }[module.rsplit(".", 1)[-1]]  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
         for layer in range(self.layers):
             for module in LINEAR:
                 yield f"model.layers.{layer}.{module}.weight", self.matrix(module)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
+            for norm in self.norms:
                 yield f"model.layers.{layer}.{norm}.weight", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
 
 SHAPES = {

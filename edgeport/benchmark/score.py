@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgeport.benchmark.runner import Array
 
 KL_QUESTIONS = 256
-CHUNK_TOKENS, CHUNKS = 256, 32
+CHUNK_TOKENS, CHUNKS = 256, 8
 SPARE_TOKENS = 3
 """Tokens beyond the longest target that a model may write before its answer is cut off."""
 
