@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INTEROP := .venv-interop
 DEMO_OUTPUT ?= demo-output
+BENCH_OUTPUT ?= bench-output
+BOOKS := $(BENCH_OUTPUT)/books/usr/share
+HANDBOOK := $(BOOKS)/doc/debian-handbook/html/en-US
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-interop check bench docs clean
+.PHONY: help demo test test-slow test-interop check bench bench-full docs clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +34,26 @@ check: $(READY) ## lint, check types, and check that the generated documentation
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
-bench: $(READY) ## measure memory against the plan's prediction
+bench: $(READY) ## measure accuracy against memory, and memory against the plan, in minutes; writes bench-output
+	$(BIN)/edgeport bench --limit 200 -o $(BENCH_OUTPUT)/triage --overwrite
+	$(BIN)/python -m bench.memory --depth-only -o $(BENCH_OUTPUT)/memory.json
+
+# the evolved bases take about half an hour of two idle cores, the suite as much again
+bench-full: $(READY) $(BENCH_OUTPUT)/evolved/full $(BENCH_OUTPUT)/evolved/chain ## the whole suite; makes evolved bases first
+	$(BIN)/python -m bench.suite -o bench/results/suite --evolved $(BENCH_OUTPUT)/evolved --text $(HANDBOOK)
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.scale --measure Mistral-7B -o bench/results/scale.json
+
+$(BENCH_OUTPUT)/evolved/full: $(BENCH_OUTPUT)/books | $(READY)
+	$(BIN)/python -m bench.train_full --text $(HANDBOOK) -o $@
+
+$(BENCH_OUTPUT)/evolved/chain: $(BENCH_OUTPUT)/books | $(READY)
+	$(BIN)/python -m bench.train_chain --text $(HANDBOOK) $(BOOKS)/debian-reference $(BOOKS)/developers-reference -o $@
+
+# three books, as Debian packages; any Debian or Ubuntu can fetch them
+$(BENCH_OUTPUT)/books:
+	mkdir -p $@
+	cd $@ && apt-get download debian-handbook debian-reference-en developers-reference && for package in *.deb; do dpkg -x $$package .; done
 
 docs: $(READY) ## write docs/cli.md and README's outputs anew from the program itself
 	$(BIN)/python docs/generate.py

@@ -135,7 +135,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON, and as a table beside it")
     parser.add_argument("--measure", nargs="*", default=[], choices=MODELS, help="run these, not only plan them")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -160,9 +160,11 @@ def main() -> None:
                 )
             )
             print("  ".join(cells(rows[-1])), flush=True)
-    print("\n" + table(HEAD, [cells(row) for row in rows]))
+    text = table(HEAD, [cells(row) for row in rows])
+    print("\n" + text)
     if arguments.output:
         arguments.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.output.with_suffix(".txt").write_text(text + "\n")
 
 
 HEAD = ("model", "parameters", "whole model in bf16", "RAM, planned", "VRAM, planned", "disk", "RAM, measured", "time")

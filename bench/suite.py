@@ -1,7 +1,7 @@
 """Accuracy against memory over tasks, evolutions and precisions: `edgeport bench` on all that this folder can make.
 
 python -m bench.suite -o bench-output lora                   # of the demo's evolution: needs nothing else
-python -m bench.suite -o bench/results/full --evolved DIR --text HANDBOOK    # all stages; `make bench-full` does this
+python -m bench.suite -o bench/results/suite --evolved DIR --text HANDBOOK    # all stages; `make bench-full` does this
 
 DIR holds what `bench.train_full` and `bench.train_chain` write: DIR/full and DIR/chain/1 to 3. Patches are in
 `bench/adapters`, made by `bench.train_task`; those in `bench/adapters/refits` were trained again on an evolved base, and
@@ -22,11 +22,12 @@ from tempfile import TemporaryDirectory
 import edgeport
 from bench.training import page_text
 from edgeport.benchmark.command import facts, written
-from edgeport.benchmark.results import Results, Row
+from edgeport.benchmark.results import MODELS, PORTED, Results, Row
 from edgeport.benchmark.suite import Bench, Case, Evolution, Precision
 from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.report import say
+from edgeport.memory import in_words
+from edgeport.report import say, table
 
 PATCHES = Path(__file__).with_name("adapters")
 WIDE = ("bf16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "nf4", "int8")
@@ -116,8 +117,25 @@ def main() -> None:
         names = [stage.name for stage in STAGES.values()]
         rows.sort(key=lambda row: (list(TASKS).index(row.task), names.index(row.evolution)))
         results = Results(command, tasks(rows, arguments.questions, arguments.seed), arguments.seed, rows)
-        (arguments.output / "results.txt").write_text(written(results, arguments.output).text() + "\n")
-    print((arguments.output / "results.txt").read_text())
+        written(results, arguments.output)
+        (arguments.output / "headline.txt").write_text(headline(rows) + "\n")
+    print((arguments.output / "headline.txt").read_text())
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """PortLLM's table: one line for each evolution and task, all models in the first precision, and the port in 4 bits."""
+    found = {(row.task, row.evolution, row.model, row.precision): row for row in rows}
+    lines = []
+    for task, evolution in dict.fromkeys((row.task, row.evolution) for row in rows):
+        of = [found.get((task, evolution, model, FEW[0])) for model in MODELS]
+        small = found.get((task, evolution, PORTED, FEW[1]))
+        kept = of[MODELS.index(PORTED)]
+        lines.append(
+            [task, evolution, *("-" if row is None else f"{row.accuracy:.1%}" for row in of),
+             "-" if kept is None or kept.gain_kept is None else f"{kept.gain_kept:.0%}",
+             "-" if small is None else f"{small.accuracy:.1%}", "-" if small is None else in_words(small.bytes)]
+        )  # fmt: skip
+    return table(["task", "evolution", *MODELS, "gain kept", f"ported {FEW[1]}", "its size"], lines)
 
 
 def tasks(rows: Sequence[Row], questions: int, seed: int) -> list[dict[str, object]]:

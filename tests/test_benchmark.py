@@ -72,7 +72,7 @@ def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) ->
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(models["hf"]), AutoTokenizer.from_pretrained(models["hf"])
     runner = open_runner(models[container])
-    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 6)
+    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])
     for question, text in zip(WRITTEN, texts, strict=True):
         ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
         row = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
@@ -107,9 +107,9 @@ def test_divergence_by_hand(tmp_path: Path) -> None:
     from edgeport.benchmark.runner import Judged
 
     with path.open("rb") as file:
-        assert divergence(file, Judged(other, [])) == pytest.approx(0.25 * np.log(2), rel=1e-5)
+        assert divergence(file, Judged(other, [], [])) == pytest.approx(0.25 * np.log(2), rel=1e-5)
     with path.open("rb") as file, pytest.raises(EdgeportError, match="4 tokens"):
-        divergence(file, Judged(np.zeros(4, np.float32), []))
+        divergence(file, Judged(np.zeros(4, np.float32), [], []))
 
 
 @pytest.mark.parametrize(("text", "right"), [(" 34\n35", True), ("34", True), ("\n 34", True), (" 345", False), ("", False)])
@@ -278,7 +278,7 @@ def test_ones_own_model_patch_and_questions(own: list[str | Path], tmp_path: Pat
     runner = open_runner(ported)
     expected = [judged.loglikelihoods for judged in runner.judge([tree(runner, question) for question in CHOICES])]
     right = sum(scores.index(max(scores)) == question.answer for scores, question in zip(expected, CHOICES, strict=True))
-    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 12)
+    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 12, ["\n"])
     right += sum(same(text, question.target) for text, question in zip(texts, WRITTEN, strict=True))
     assert rows["ported", "bf16"]["correct"] == right
     assert rows["ported", "bf16"]["perplexity"] == pytest.approx(perplexity(runner, (tmp_path / "text.txt").read_text()))

@@ -61,21 +61,26 @@ class FolderRunner:
         added: Tensor = mask[None, None].to(self.model.device)
         return added
 
-    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         several = (prompts[start : start + WRITERS] for start in range(0, len(prompts), WRITERS))
-        return [text for some in several for text in self._write(some, tokens)]
+        return [text for some in several for text in self._write(some, tokens, stops)]
 
-    def _write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+    def _write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         torch = self.torch
         width = max(map(len, prompts))
         stop = self.tokenizer.eos_token_id
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
         seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
+
+        def stopped(rows: Tensor, scores: Any, **_: Any) -> Tensor:
+            texts = self.tokenizer.batch_decode(rows[:, width:])
+            return torch.tensor([any(one in text.lstrip() for one in stops) for text in texts], device=rows.device)  # type: ignore[no-any-return]
+
         with torch.inference_mode():
             rows = self.model.generate(
                 input_ids=ids, attention_mask=seen, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                pad_token_id=padding, temperature=None, top_p=None, top_k=None,
+                pad_token_id=padding, temperature=None, top_p=None, top_k=None, stopping_criteria=[stopped],
             )  # fmt: skip
         return self.tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
 

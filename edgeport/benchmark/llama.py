@@ -48,16 +48,16 @@ class LlamaRunner:
                 session.decode(pack.ids, pack.positions, sequences(pack), set(pack.wanted))
                 yield from pack.judged(session.logits)
 
-    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         room = max([BATCH_TOKENS, *map(len, prompts)])
         trees = [Tree(prompt, [[0]]) for prompt in prompts]
         texts: list[str] = []
         with Session(self, room, room + WRITERS * tokens) as session:
             for group in groups(trees, room, WRITERS):
-                texts += self._write([tree.prompt for tree in group], tokens, session)
+                texts += self._write([tree.prompt for tree in group], tokens, stops, session)
         return texts
 
-    def _write(self, prompts: Sequence[Sequence[int]], tokens: int, session: Session) -> list[str]:
+    def _write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str], session: Session) -> list[str]:
         """As many prompts as fit one batch, a token each at a time."""
         pack = Pack.of([Tree(prompt, [[0]]) for prompt in prompts])
         session.clear()
@@ -71,7 +71,8 @@ class LlamaRunner:
                     del live[prompt]
                     continue
                 written[prompt].append(token)
-                if "\n" in self.decode(written[prompt]).lstrip():
+                text = self.decode(written[prompt]).lstrip()
+                if any(stop in text for stop in stops):
                     del live[prompt]
             if not live or step == tokens - 1:
                 break

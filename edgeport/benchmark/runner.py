@@ -49,6 +49,8 @@ class Judged:
     """[vocabulary] log-probabilities of the token after the prompt."""
     loglikelihoods: Sequence[float]
     """Of each branch, in nats, the sum over its tokens."""
+    greedy: Sequence[bool]
+    """Whether each branch is what the model would have written."""
 
 
 class Runner(Protocol):
@@ -62,8 +64,11 @@ class Runner(Protocol):
         """One for each tree, in order."""
         ...
 
-    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
-        """The greedy continuation of each prompt, of so many tokens at most, up to a line's end or the text's."""
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
+        """The greedy continuation of each prompt, of so many tokens at most.
+
+        Blanks at its begin aside, it ends soon after the first of the texts `stops`, which may be in it.
+        """
         ...
 
 
@@ -121,13 +126,13 @@ class Pack:
         for asked in self.asked:
             stem = asked[0][0]
             first = log_softmax(logits(stem))
-            sums = [0.0] * (1 + max(branch for _, branch, _ in asked))
-            rows = {stem: first}
+            branches = 1 + max(branch for _, branch, _ in asked)
+            sums, greedy = [0.0] * branches, [True] * branches
             for token, branch, successor in asked:
-                if token not in rows:
-                    rows = {stem: first, token: log_softmax(logits(token))}
-                sums[branch] += float(rows[token][successor])
-            yield Judged(first, sums)
+                row = first if token == stem else log_softmax(logits(token))
+                sums[branch] += float(row[successor])
+                greedy[branch] &= int(row.argmax()) == successor
+            yield Judged(first, sums, greedy)
 
 
 def groups(trees: Sequence[Tree], tokens: int, branches: int) -> Iterator[list[Tree]]:

@@ -20,7 +20,7 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from edgeport.benchmark.questions import Asked, Choice, Generation, read_questions
+from edgeport.benchmark.questions import Asked, BadQuestions, Choice, Generation, read_questions
 from edgeport.benchmark.runner import Judged, Runner, Tree, open_runner
 from edgeport.errors import EdgeportError, MissingExtra
 from edgeport.memory import peak_bytes
@@ -35,16 +35,21 @@ SPARE_TOKENS = 3
 
 
 def tree(runner: Runner, question: Asked) -> Tree:
-    """Prompt and options, each pair tokenized as one text and cut where the prompt's tokens end (lm-evaluation-harness).
+    """Prompt and options; of a question without options the one branch is the target."""
+    return pair(runner, question.prompt, *(question.options if isinstance(question, Choice) else (question.target,)))
 
-    Of a question without options the one branch is the target.
-    """
-    options = question.options if isinstance(question, Choice) else (question.target,)
+
+def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
+    """Each pair tokenized as one text and cut where the prompt's tokens end, as in lm-evaluation-harness' `_encode_pair`."""
     # blanks at the prompt's end belong to what follows, since most tokenizers join them with the next word
-    stem = question.prompt.rstrip()
-    blanks = question.prompt[len(stem) :]
-    prompt = runner.encode(stem)
-    return Tree(prompt, [runner.encode(stem + blanks + option)[len(prompt) :] or [prompt[-1]] for option in options])
+    stem = prompt.rstrip()
+    blanks = prompt[len(stem) :]
+    ids = runner.encode(stem)
+    branches = [runner.encode(stem + blanks + text)[len(ids) :] for text in continuations]
+    if not all(branches):
+        lost = continuations[branches.index([])]
+        raise BadQuestions(f"{lost!r} adds no token to the prompt {stem[-40:]!r}; begin options and targets with a space")
+    return Tree(ids, branches)
 
 
 def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, against: str | None) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
     written = [number for number, question in enumerate(questions) if isinstance(question, Generation)]
     if written:
         longest = max(len(trees[number].branches[0]) for number in written)
-        texts = runner.write([trees[number].prompt for number in written], longest + SPARE_TOKENS)
+        texts = runner.write([trees[number].prompt for number in written], longest + SPARE_TOKENS, ("\n",))
         for number, text in zip(written, texts, strict=True):
             question = questions[number]
             right[number] = isinstance(question, Generation) and same(text, question.target)
