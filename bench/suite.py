@@ -19,13 +19,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import edgeport
-from bench.training import page_text
+from bench.pages import page_text
 from edgeport.benchmark.command import facts, written
 from edgeport.benchmark.results import MODELS, PORTED, Results, Row
 from edgeport.benchmark.suite import Bench, Case, Evolution, Precision
 from edgeport.benchmark.tasks import TASKS, asked
-from edgeport.demo import ADAPTERS, packaged_model
+from edgeport.demo import ADAPTERS, child, packaged_model
 from edgeport.memory import in_words
 from edgeport.report import say, table
 
@@ -73,7 +72,8 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
     stage = STAGES[key]
     base = str(arguments.evolved / stage.base) if stage.base else str(folder / "evolved")
     if not stage.base:
-        edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=base, to="hf", quant="bf16", offline=True)
+        ported = ["port", "--patch", ADAPTERS / "evolution", "--new-base", packaged_model(), "-o", base, "--quant", "bf16"]
+        child(["-m", "edgeport", *map(str, ported), "--offline", "--json", "--no-progress"])
     text = None
     if arguments.text:
         text = folder / "held-out.txt"

@@ -55,7 +55,8 @@ def main() -> None:
     base = arguments.base
     for number, text in enumerate(arguments.text, 1):
         folder = arguments.output / str(number)
-        update(base, text, folder, replace(recipe, seed=recipe.seed + number - 1))
+        if not folder.exists():  # else an earlier run got this far
+            update(base, text, folder, replace(recipe, seed=recipe.seed + number - 1))
         base = folder
 
 
