@@ -40,7 +40,7 @@ bench: $(READY) ## measure accuracy against memory, and memory against the plan,
 
 # the evolved bases take about half an hour of two idle cores, the suite as much again
 bench-full: $(READY) $(BENCH_OUTPUT)/evolved/full $(BENCH_OUTPUT)/evolved/chain ## the whole suite; makes evolved bases first
-	$(BIN)/python -m bench.suite -o bench/results/suite --evolved $(BENCH_OUTPUT)/evolved --text $(HANDBOOK)
+	$(BIN)/python -m bench.suite -o bench/results/suite --evolved $(BENCH_OUTPUT)/evolved --work $(BENCH_OUTPUT)/work --text $(HANDBOOK)
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.scale --measure Mistral-7B -o bench/results/scale.json
 

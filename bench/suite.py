@@ -5,7 +5,8 @@ python -m bench.suite -o bench/results/suite --evolved DIR --text HANDBOOK    # 
 
 DIR holds what `bench.train_full` and `bench.train_chain` write: DIR/full and DIR/chain/1 to 3. Patches are in
 `bench/adapters`, made by `bench.train_task`; those in `bench/adapters/refits` were trained again on an evolved base, and
-where one is there it is the ceiling. A stage replaces its own rows in the results that are there already and keeps others.
+where one is there it is the ceiling. A stage replaces its own rows in the results that are there already and keeps others;
+one that was interrupted goes on from its journal, which a change of the program makes worthless: delete the work folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from bench.pages import page_text
 from edgeport.benchmark.command import facts, written
@@ -71,7 +71,7 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
     """All rows of a stage."""
     stage = STAGES[key]
     base = str(arguments.evolved / stage.base) if stage.base else str(folder / "evolved")
-    if not stage.base:
+    if not Path(base).exists():
         ported = ["port", "--patch", ADAPTERS / "evolution", "--new-base", packaged_model(), "-o", base, "--quant", "bf16"]
         child(["-m", "edgeport", *map(str, ported), "--offline", "--json", "--no-progress"])
     text = None
@@ -85,7 +85,7 @@ def measure(key: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
         cases = [one for name in names if (one := case(name, key, arguments.questions, arguments.seed))]
         wanted = [Precision.parse(quant) for quant in quants if not arguments.quant or quant in arguments.quant]
         if cases:
-            rows += Bench(folder, wanted, text, ["--offline"], say).measure(evolution, cases)
+            rows += Bench(folder, wanted, text, ["--offline"], say, folder.parent / "journal.jsonl").measure(evolution, cases)
     return rows
 
 
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
+    parser.add_argument("--work", type=Path, help="for models in work and the journal of finished ones (default: in OUTPUT)")
     parser.add_argument("--text", type=Path, help="the handbook's pages: adds perplexity on those that were held out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--quant", nargs="+", help="only these precisions")
@@ -110,8 +111,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "bench.suite", *sys.argv[1:]])
     for key in arguments.stages or STAGES:
-        with TemporaryDirectory(prefix=".work-", dir=arguments.evolved) as folder:
-            fresh = measure(key, arguments, Path(folder))
+        folder = (arguments.work or arguments.output / "work") / key
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = measure(key, arguments, folder)
         measured = {(row.evolution, row.task) for row in fresh}
         rows = [row for row in before(arguments.output) if (row.evolution, row.task) not in measured] + fresh
         names = [stage.name for stage in STAGES.values()]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold,
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
 from edgeport.benchmark.runner import Tree, groups, open_runner
 from edgeport.benchmark.score import divergence, perplexity, same, tree
-from edgeport.benchmark.suite import Precision, completed
+from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
 from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 from edgeport.cli import app
 from edgeport.errors import EdgeportError, UnknownName
@@ -144,6 +145,24 @@ def test_no_share_of_a_gain_that_is_not_there() -> None:
     rows = [row(EVOLVED, "bf16", [True, True]), row(PORTED, "bf16", [True, False]), row(REFIT, "bf16", [True, True])]
     asked_of = {("t", one.model, "bf16"): [True] * one.correct + [False] * (2 - one.correct) for one in rows}
     assert completed(rows[1], rows, asked_of, "bf16").gain_kept is None
+
+
+def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two evolutions of one old base: its rows serve both, and a base that the journal does not know is made."""
+    case, precision = Case("t", CHOICES, "patch"), Precision("gguf", "bf16")
+    bench = Bench(tmp_path, [precision], journal=tmp_path / "journal.jsonl")
+    command, right = ["export", "old"], [True, False, True]
+    known = [entry(command, precision, case), asdict(row("old base", "bf16", right)), right]
+    (tmp_path / "journal.jsonl").write_text(json.dumps(known) + "\n")
+    (found,) = bench.one("another", [case], "old base", precision, command)
+    assert found == (replace(row("old base", "bf16", right), evolution="another"), right)
+
+    def made(arguments: Sequence[str]) -> None:
+        raise EdgeportError(f"made {arguments[3]}")
+
+    monkeypatch.setattr("edgeport.benchmark.suite.child", made)
+    with pytest.raises(EdgeportError, match="made new"):
+        list(bench.one("another", [case], "evolved base", precision, ["export", "new"]))
 
 
 @pytest.mark.parametrize(

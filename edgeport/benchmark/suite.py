@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Evolution:
 
 @dataclass(slots=True)
 class Bench:
-    """Measures cases on evolutions. `folder` holds what is in work, and is empty afterwards but for the questions."""
+    """Measures cases on evolutions. `folder` holds what is in work: afterwards questions and the ports' distributions."""
 
     folder: Path
     precisions: Sequence[Precision]
@@ -88,6 +88,8 @@ class Bench:
     extra: Sequence[str] = ()
     """Flags for every port and export."""
     say: Say = lambda text: None
+    journal: Path | None = None
+    """Where finished models are written down, so that they need not be measured again (the folder has to be kept too)."""
 
     def measure(self, evolution: Evolution, cases: Sequence[Case]) -> Iterator[Row]:
         """All rows of an evolution."""
@@ -104,8 +106,6 @@ class Bench:
             for row, right in self.rows(evolution, cases, model, precision):
                 rows.append(row)
                 asked[row.task, model, precision.name] = right
-        for case in cases:
-            (self.rows_file(case)).unlink(missing_ok=True)
         yield from (completed(row, rows, asked, reference.name) for row in rows)
 
     def rows(
@@ -129,19 +129,26 @@ class Bench:
     ) -> Iterator[tuple[Row, list[bool]]]:
         """Make a model, put every case's questions to it, and remove it."""
         names = ", ".join(case.name for case in cases)
+        told = [entry(command, precision, case) for case in cases]
+        done = self.finished()
+        first = model == PORTED and precision == self.precisions[0]
+        if all(key in done for key in told) and not (first and not all(self.rows_file(case).exists() for case in cases)):
+            for key in told:
+                row, right = done[key]
+                yield Row(**{**row, "evolution": evolution}), right
+            return
         self.say(f"{evolution}: {model}, {precision.name}: {names}")
         place = precision.path(self.folder, "model")
         arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
         receipt = child(["-m", "edgeport", *arguments, "--json", "--no-progress"])
         try:
-            first = model == PORTED and precision == self.precisions[0]
             found = self.ask(place, cases, "keep" if first else "against")
         finally:
             remove(place)
         patched = model not in (OLD, EVOLVED)
-        for case, answers in zip(cases, found["tasks"], strict=True):
+        for key, case, answers in zip(told, cases, found["tasks"], strict=True):
             right = answers["right"]
-            yield Row(
+            row = Row(
                 task=case.name, evolution=evolution, model=model, precision=precision.name, bytes=receipt["bytes_out"],
                 correct=sum(right), total=len(right), score_seconds=answers["seconds"],
                 score_peak_bytes=found["peak_ram_bytes"], perplexity=found["perplexity"], kl=answers["kl"],
@@ -149,7 +156,16 @@ class Bench:
                 port_seconds=receipt["seconds"] if patched else None,
                 port_peak_bytes=receipt["peak_ram_bytes"] if patched else None,
                 port_above_bytes=receipt["peak_above_import_bytes"] if patched else None,
-            ), right  # fmt: skip
+            )  # fmt: skip
+            if self.journal:
+                with self.journal.open("a") as file:
+                    file.write(json.dumps([key, asdict(row), right]) + "\n")
+            yield row, right
+
+    def finished(self) -> dict[str, tuple[dict[str, Any], list[bool]]]:
+        """What the journal holds, by `entry`."""
+        lines = self.journal.read_text().splitlines() if self.journal and self.journal.exists() else []
+        return {key: (row, right) for key, row, right in map(json.loads, lines)}
 
     def ask(self, model: Path, cases: Sequence[Case], role: str) -> dict[str, Any]:
         """The answers of a model. `role`: keep its distributions, or compare them with those that were kept."""
@@ -171,6 +187,11 @@ class Bench:
 
     def rows_file(self, case: Case) -> Path:
         return self.folder / f"{case.name}.distributions"
+
+
+def entry(command: Sequence[str], precision: Precision, case: Case) -> str:
+    """What names a measurement: the same model is not made twice for two evolutions of one old base."""
+    return json.dumps([*command, precision.name, case.name, len(case.questions)])
 
 
 def completed(row: Row, rows: Sequence[Row], asked: dict[tuple[str, str, str], list[bool]], reference: str) -> Row:
