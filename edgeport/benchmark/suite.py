@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeport.benchmark.questions import Asked, gold, write_questions
@@ -138,13 +138,11 @@ class Bench:
                 yield Row(**{**row, "evolution": evolution}), right
             return
         self.say(f"{evolution}: {model}, {precision.name}: {names}")
-        place = precision.path(self.folder, "model")
-        arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
-        receipt = child(["-m", "edgeport", *arguments, "--json", "--no-progress"])
-        try:
+        with TemporaryDirectory(prefix="model-", dir=self.folder) as folder:
+            place = precision.path(Path(folder), "model")
+            arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
+            receipt = child(["-m", "edgeport", *arguments, "--json", "--no-progress"])
             found = self.ask(place, cases, "keep" if first else "against")
-        finally:
-            remove(place)
         patched = model not in (OLD, EVOLVED)
         for key, case, answers in zip(told, cases, found["tasks"], strict=True):
             right = answers["right"]
@@ -204,12 +202,3 @@ def completed(row: Row, rows: Sequence[Row], asked: dict[tuple[str, str, str], l
     gain = accuracies.get(REFIT, 0.0) - accuracies[EVOLVED]
     kept = (row.accuracy - accuracies[EVOLVED]) / gain if row.model in (PORTED, REFIT) and gain >= LEAST_GAIN else None
     return replace(row, negative_flips=flips if patched else None, gain_kept=kept, kl=row.kl if row.model == PORTED else None)
-
-
-def remove(place: Path) -> None:
-    """A model that edgeport wrote, with its manifest."""
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
-        place.with_name(f"{place.name}.edgeport.json").unlink(missing_ok=True)
