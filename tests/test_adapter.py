@@ -113,7 +113,7 @@ def test_an_adapter_beside_turned_tensors(quant: str, tiny_llama: TinyLlama, tmp
     base = tiny_llama(hidden=128)
     patch = save_patch(base, tmp_path / "patch", std=0.03)
     quantized = edgeport.export(model=base, output=tmp_path / "base4", to="hf", quant=quant).output
-    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "probe": False}
+    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "probe": False, "rounding": "stochastic"}
     plain = edgeport.port(**common, output=tmp_path / "plain")
     beside = edgeport.port(**common, output=tmp_path / "beside", residual=16)
     sidecar = edgeport.port(**common, output=tmp_path / "sidecar", sidecar=True)
@@ -279,7 +279,8 @@ def test_a_residual_is_what_a_singular_value_decomposition_gives(tiny_llama: Tin
     base = tiny_llama()
     patch = save_patch(base, tmp_path / "patch", std=0.03)
     quantized = rounded(base, tmp_path)
-    receipt = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "out.gguf", to="gguf", residual=8, probe=False)
+    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "to": "gguf", "probe": False, "rounding": "stochastic"}
+    receipt = edgeport.port(**common, output=tmp_path / "out.gguf", residual=8)
     assert receipt.adapter is not None and (receipt.adapter["kind"], receipt.adapter["rank"]) == ("residual", [8])
     found = lost(quantized, patch, tmp_path / "out.gguf")
     assert len(found) == 14
@@ -287,7 +288,7 @@ def test_a_residual_is_what_a_singular_value_decomposition_gives(tiny_llama: Tin
         best = torch.linalg.svdvals(without)[8:].square().sum().sqrt()
         assert best <= left.norm() * 1.0001 and left.norm() < 1.03 * best
     # the receipt counts both together
-    plain = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "plain.gguf", to="gguf", probe=False)
+    plain = edgeport.port(**common, output=tmp_path / "plain.gguf")
     error = {fact.weight: fact.error for fact in plain.facts}
     assert all(fact.error is not None and fact.error < (error[fact.weight] or 0) for fact in receipt.facts if fact.beside)
 

@@ -31,7 +31,7 @@ def patch(base: Path, tmp_path: Path) -> Path:
 
 def test_the_worst_go_up_and_the_size_holds(base: Path, patch: Path, tmp_path: Path) -> None:
     quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="Q4_K_S").output
-    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "to": "gguf", "probe": False}
+    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "to": "gguf", "probe": False, "rounding": "stochastic"}
     plain = edgeport.port(**common, output=tmp_path / "plain.gguf")
     limit = plain.bytes_out + 60_000
     receipt = edgeport.port(**common, output=tmp_path / "out.gguf", promote=True, max_size=limit)
@@ -57,7 +57,7 @@ def test_the_worst_go_up_and_the_size_holds(base: Path, patch: Path, tmp_path: P
 @pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "int8"])
 def test_promoted_layers_of_a_bitsandbytes_folder_load_as_they_are(quant: str, base: Path, patch: Path, tmp_path: Path) -> None:
     quantized = edgeport.export(model=base, output=tmp_path / "quantized", to="hf", quant=quant).output
-    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "probe": False}
+    common: dict[str, Any] = {"patch": patch, "new_base": quantized, "probe": False, "rounding": "stochastic"}
     plan = edgeport.plan(**common, output=tmp_path / "out")
     receipt = edgeport.port(**common, output=tmp_path / "out", promote=True, max_size=plan.bytes_out + 400_000)
     promoted = list(receipt.method["promoted"])
