@@ -225,7 +225,7 @@ def test_inspect_shows_what_survived(base: Path, tmp_path: Path) -> None:
     survival = facts["survival"]
     assert survival["mean"] == pytest.approx(sum(kept.values()) / 14) and survival["weights"] == 14
     assert survival["min"] == min(kept.values()) == survival["least"][survival["worst"]] and len(survival["least"]) == 5
-    assert survival["rounding"] == {"stochastic": 14} and survival["formats"] == {"Q8_0": 14}
+    assert survival["rounding"] == {"patch-aware": 14} and survival["formats"] == {"Q8_0": 14}
     assert facts["probe"]["kept"] == receipt.probe.kept if receipt.probe else False
     assert facts["made_by"]["method"] == {"rounding": "auto", "seed": 7, "semantics": None}
     assert edgeport.inspect(quantized)["survival"] is None

@@ -134,8 +134,8 @@ class Bench:
         first = model == PORTED and precision == self.precisions[0]
         if all(key in done for key in told) and not (first and not all(self.rows_file(case).exists() for case in cases)):
             for key in told:
-                row, right = done[key]
-                yield Row(**{**row, "evolution": evolution}), right
+                known, right = done[key]
+                yield Row(**{**known, "evolution": evolution}), right
             return
         self.say(f"{evolution}: {model}, {precision.name}: {names}")
         with TemporaryDirectory(prefix="model-", dir=self.folder) as folder:
