@@ -1,10 +1,11 @@
 """A patch on a quantized base, from that base alone: which rounding keeps it, and what it costs.
 
-`python -m bench.quantized [-o results.json] [FORMAT ...]` makes the demo's evolved base (bf16), quantizes it to each
-format, and ports the triage patch onto the quantized base in several ways: exactly (float32, four times the size: what
-the rounding is judged against), rounded to nearest as other tools do, stochastically on the base's own grid (edgeport's
-default there), and, as a bar, onto the 16-bit base first and quantized once; then at a price in size, with what rounding
-lost as an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar. Printed:
+`python -m bench.quantized [--base FOLDER] [-o results.json] [FORMAT ...]` quantizes an evolved base to each format (the
+demo's, whose numbers descend from a Q4_1 file, or one that `bench.train_full` made, which lie on no grid), and ports the
+triage patch onto the quantized base in several ways: exactly (float32, four times the size: what the rounding is judged
+against), rounded to nearest as other tools do, on the base's own grid stochastically and patch-aware (edgeport's default
+there), and, as a bar, onto the 16-bit base first and quantized once; then at a price in size, with what rounding lost as
+an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar. Printed:
 accuracy on the 400 held-out questions, KL to the exact port and perplexity on edgeport's probe text, retention, and size.
 """
 
@@ -27,7 +28,7 @@ GGUF = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0")
 FOLDERS = ("nf4", "nf4-dq", "int8", "gptq-4", "awq-4")
 TRIAGE = ADAPTERS / "triage"
 TOKENS = 512
-WAYS = ("base", "exact", "nearest", "stochastic", "16-bit first", "residual 8", "residual 32", "promote", "sidecar")
+WAYS = ("base", "exact", "nearest", "stochastic", "patch-aware", "16-bit first", "residual 8", "residual 32", "promote", "sidecar")
 PROMOTED = 1.1
 """The size that promotion may use, relative to the base's."""
 
@@ -53,6 +54,7 @@ def ports(format: str, evolved: Path, base: Path, size: int) -> dict[str, dict[s
         "exact": {**own, "to": "hf", "quant": "f32"},
         "nearest": {**own, "rounding": "nearest"},
         "stochastic": {**own, "rounding": "stochastic"},
+        "patch-aware": {**own, "rounding": "patch-aware"},
         "16-bit first": {"new_base": evolved, "quant": format, "rounding": "nearest"},
         "residual 8": {**own, "residual": 8},
         "residual 32": {**own, "residual": 32},
@@ -109,13 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join((*GGUF, *FOLDERS))} (default: all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="rows to make (default: all)")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="a 16-bit evolved base (default: the demo's)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the probe text")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        evolved = Path(scratch) / "evolved"
-        edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16")
+        evolved = arguments.base or Path(scratch) / "evolved"
+        if not arguments.base:
+            edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16")
         for format in arguments.formats or (*GGUF, *FOLDERS):
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 for row in measure(format, evolved, Path(folder), arguments.ways, arguments.tokens):
