@@ -28,7 +28,9 @@ GGUF = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0")
 FOLDERS = ("nf4", "nf4-dq", "int8", "gptq-4", "awq-4")
 TRIAGE = ADAPTERS / "triage"
 TOKENS = 512
-WAYS = ("base", "exact", "nearest", "stochastic", "patch-aware", "16-bit first", "residual 8", "residual 32", "promote", "sidecar")
+WAYS = (
+    "base", "exact", "nearest", "stochastic", "patch-aware", "16-bit first", "residual 8", "residual 32", "promote", "sidecar",
+)  # fmt: skip
 PROMOTED = 1.1
 """The size that promotion may use, relative to the base's."""
 
