@@ -114,6 +114,8 @@ class Onnx:
         given = target.imatrix or target.tensor_types or target.max_shard_bytes
         if given:
             raise ConvertError("--imatrix, --tensor-type and --max-shard-size are not for --to onnx")
+        if target.formats:
+            raise ConvertError("single weights of an ONNX graph cannot be promoted; give the head more bits by --output-tensor-type")
         chosen = settings(target, source)
         decoder = family(target.config).decoder(target.config)
         return OnnxSink(source, target, decoder, chosen)
