@@ -115,7 +115,7 @@ class Onnx:
         if given:
             raise ConvertError("--imatrix, --tensor-type and --max-shard-size are not for --to onnx")
         if target.formats:
-            raise ConvertError("single weights of an ONNX graph cannot be promoted; --output-tensor-type gives the head more bits")
+            raise ConvertError("no single weight of an ONNX graph is promoted; --output-tensor-type gives the head more bits")
         chosen = settings(target, source)
         decoder = family(target.config).decoder(target.config)
         return OnnxSink(source, target, decoder, chosen)
