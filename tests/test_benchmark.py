@@ -51,13 +51,14 @@ def naive(folder: Path, question: Choice) -> tuple[list[float], np.ndarray[Any, 
 
 @pytest.fixture
 def models(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
-    """One model as a folder and as a GGUF, in float32."""
+    """One model in every container, in float32."""
     folder = tiny_llama("model", vocab=300)
     edgeport.export(model=folder, output=tmp_path / "model.gguf", to="gguf", quant="f32")
-    return {"hf": folder, "gguf": tmp_path / "model.gguf"}
+    edgeport.export(model=folder, output=tmp_path / "onnx", to="onnx", quant="f32")
+    return {"hf": folder, "gguf": tmp_path / "model.gguf", "onnx": tmp_path / "onnx"}
 
 
-@pytest.mark.parametrize("container", ["hf", "gguf"])
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: dict[str, Path]) -> None:
     runner = open_runner(models[container])
     judged = list(runner.judge([tree(runner, question) for question in CHOICES]))
@@ -67,7 +68,7 @@ def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: 
         np.testing.assert_allclose(one.first, first, atol=1e-2)
 
 
-@pytest.mark.parametrize("container", ["hf", "gguf"])
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +82,7 @@ def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) ->
         assert expected.startswith(text) and (text == expected or "\n" in text)
 
 
-@pytest.mark.parametrize("container", ["hf", "gguf"])
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Path]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

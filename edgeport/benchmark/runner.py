@@ -72,7 +72,7 @@ class Runner(Protocol):
         ...
 
 
-RUNNERS = {"gguf": "edgeport.benchmark.llama", "hf": "edgeport.benchmark.folder"}
+RUNNERS = {"gguf": "edgeport.benchmark.llama", "hf": "edgeport.benchmark.folder", "onnx": "edgeport.benchmark.onnx"}
 """Container to the module that runs its models."""
 
 

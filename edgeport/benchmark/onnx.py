@@ -1,0 +1,74 @@
+"""ONNX folders through onnxruntime: prompt and option in one row each, padded at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from edgeport.benchmark.llama import threads
+from edgeport.benchmark.runner import Judged, Tree, log_softmax
+from edgeport.errors import NotACheckpoint
+from edgeport.locate import open_model
+from edgeport.probe import open_tokenizer
+from edgeport.runtime import Runner
+
+ROWS = 8
+"""Sequences that go through together: the graph gives the logits of every token, 200 kB each."""
+
+
+class OnnxRunner:
+    def __init__(self, path: Path) -> None:
+        source = open_model(path)
+        tokenizer = open_tokenizer(source)
+        if tokenizer is None:
+            raise NotACheckpoint(f"{path} has no tokenizer.json to read questions with; copy the base's beside the model")
+        self.tokenizer = tokenizer
+        ends = source.config.get("eos_token_id") or ()
+        self.ends = [ends] if isinstance(ends, int) else list(ends)
+        self.runner = Runner(path, threads=threads())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)
+
+    def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
+        import numpy as np
+
+        for tree in trees:
+            rows = [[*tree.prompt, *branch[:-1]] for branch in tree.branches]
+            found: dict[tuple[int, ...], list[tuple[float, bool]]] = {}
+            first = None
+            distinct = sorted({tuple(row) for row in rows}, key=len)
+            for start in range(0, len(distinct), ROWS):
+                some = distinct[start : start + ROWS]
+                tokens, mask = np.zeros((2, len(some), len(some[-1])), np.int64)
+                for place, row in enumerate(some):
+                    tokens[place, : len(row)], mask[place, : len(row)] = row, 1
+                self.runner.reset()
+                logits = self.runner.step(tokens, mask)
+                for place, row in enumerate(some):
+                    tail = [log_softmax(logits[place, at]) for at in range(len(tree.prompt) - 1, len(row))]
+                    first = tail[0] if first is None else first
+                    for branch in (one for one, its in zip(tree.branches, rows, strict=True) if tuple(its) == row):
+                        steps = list(zip(tail, branch, strict=True))
+                        found[tuple(branch)] = [(float(logs[token]), int(logs.argmax()) == token) for logs, token in steps]
+            assert first is not None
+            each = [found[tuple(branch)] for branch in tree.branches]
+            yield Judged(first, [sum(score for score, _ in one) for one in each], [all(hit for _, hit in one) for one in each])
+
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
+        return [self._write(prompt, tokens, stops) for prompt in prompts]
+
+    def _write(self, prompt: Sequence[int], tokens: int, stops: Sequence[str]) -> str:
+        written: list[int] = []
+        for token in self.runner.generate(prompt, tokens):
+            if token in self.ends:
+                break
+            written.append(token)
+            text = self.tokenizer.decode(written).lstrip()
+            if any(stop in text for stop in stops):
+                break
+        return str(self.tokenizer.decode(written))
+
+
+def open_runner(path: Path) -> OnnxRunner:
+    return OnnxRunner(path)
