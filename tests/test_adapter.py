@@ -341,7 +341,5 @@ def test_memory_of_an_adapter_is_planned(tiny_llama: TinyLlama, tmp_path: Path) 
     patch = save_patch(base, tmp_path / "patch")
     common: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out", "quant": "nf4"}
     peaks = {rank: edgeport.plan(**common, residual=rank).peak_above_import_bytes for rank in (4, 32)}
-    plain = edgeport.plan(**common).peak_above_import_bytes
-    # rank 32 of down_proj [64, 128]: factors thrice, a sketch of 40 rows thrice in float64
-    assert peaks[32] - plain > 3 * 4 * 32 * (64 + 128) + 3 * 8 * 40 * 128 - 10_000
-    assert plain < peaks[4] < peaks[32]
+    # 28 ranks more of down_proj [64, 128]: factors thrice, rows of the sketch thrice in float64
+    assert peaks[32] - peaks[4] == pytest.approx(28 * (3 * 4 * (64 + 128) + 3 * 8 * 128), rel=0.1)

@@ -79,7 +79,7 @@ def counted(steps: Sequence[Step], monkeypatch: pytest.MonkeyPatch) -> int:
     Uploads and downloads overlap as in `CudaLane`: the next block's bytes are there, and the last one's result still is.
     """
     monkeypatch.setattr(run, "finite", lambda matrix: matrix.aminmax() is not None)  # there is no value to read back
-    monkeypatch.setattr(edits, "factor", lambda stored: torch.empty(stored.shape))
+    monkeypatch.setattr(edits, "factor", lambda stored, *_: torch.empty(stored.shape))
     with torch.no_grad(), Slices(), FakeTensorMode(), LiveBytes() as live:
         for step in steps:
             applied = [edit.load("cuda:0") for edit in step.edits]
@@ -89,7 +89,7 @@ def counted(steps: Sequence[Step], monkeypatch: pytest.MonkeyPatch) -> int:
             ahead, leaving = next(uploads)(), {}
             for rows in blocks:
                 parts, ahead = ahead, next(uploads)()
-                leaving = run.compute(step, rows, parts, applied, None, survival)
+                leaving = run.compute(step, rows, parts, applied, None, None, survival)
             del leaving, ahead, applied, survival
     return live.peak
 

@@ -134,11 +134,11 @@ def test_the_verdict_rests_on_the_model(base: Path, tmp_path: Path, monkeypatch:
     quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="Q4_0").output
     codes = stochastic.Stochastic.codes
 
-    def stubborn(self: Any, grid: Any, target: torch.Tensor, weight: str, first: int) -> torch.Tensor:
+    def stubborn(self: Any, grid: Any, target: torch.Tensor, weight: str, first: int, inputs: Any) -> torch.Tensor:
         return grid.codes if "down_proj" in weight else codes(self, grid, target, weight, first)
 
     monkeypatch.setattr(stochastic.Stochastic, "codes", stubborn)
-    job = {"patch": [loud, faint], "new_base": quantized, "output": tmp_path / "out.gguf", "to": "gguf"}
+    job = {"patch": [loud, faint], "new_base": quantized, "output": tmp_path / "out.gguf", "to": "gguf", "rounding": "stochastic"}
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(PatchLost, match="nearer to the base than to the exact port"):
         edgeport.port(**job)

@@ -314,7 +314,7 @@ def test_no_read_is_larger_than_a_block(llama: tuple[Folder, Any], monkeypatch: 
     probe.compare(counted, counted, words())
     assert max(counted.reads) <= 64 * 10 * 4
     # the embedding gives the text's own rows and no others: one read a row, for each of the two models
-    table = counted.stored["model.embed_tokens.weight"].spec
+    table = counted.stored["model.embed_tokens.weight"]
     assert table.nbytes == 320 * 64 * 4 and counted.reads.count(64 * 4) >= 2 * len(words().unique())
 
 
