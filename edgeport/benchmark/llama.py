@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups
 from edgeport.errors import NotACheckpoint, need
+from edgeport.quiet import silence
 
 if TYPE_CHECKING:
     from edgeport.benchmark.runner import Array
@@ -25,8 +26,7 @@ class LlamaRunner:
     def __init__(self, path: Path) -> None:
         self.llama: Any = need("llama_cpp", "gguf")
         self.numpy: Any = need("numpy", "gguf")
-        self.silence = self.llama.llama_log_callback(lambda level, text, data: None)
-        self.llama.llama_log_set(self.silence, None)
+        silence(self.llama)
         self.model = self.llama.llama_model_load_from_file(str(path).encode(), self.llama.llama_model_default_params())
         if not self.model:
             raise NotACheckpoint(f"llama.cpp cannot load {path}; does `edgeport inspect` name an architecture that it has?")

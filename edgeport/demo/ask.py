@@ -17,6 +17,7 @@ from typing import Any
 from edgeport.demo.triage import Question, questions
 from edgeport.errors import need
 from edgeport.memory import peak_bytes
+from edgeport.quiet import silence
 
 COUNT = 400
 BATCH_TOKENS = 512
@@ -60,8 +61,7 @@ def ask_onnx(model: Path, asked: Sequence[Question]) -> list[int]:
 def ask(model: Path, asked: Sequence[Question]) -> list[int]:
     """The option that the model finds likeliest, for each question."""
     llama: Any = need("llama_cpp", "gguf")
-    silence = llama.llama_log_callback(lambda level, text, data: None)
-    llama.llama_log_set(silence, None)
+    silence(llama)
     loaded = llama.llama_model_load_from_file(str(model).encode(), llama.llama_model_default_params())
     context = llama.llama_init_from_model(loaded, settings(llama))
     vocabulary = llama.llama_model_get_vocab(loaded)
