@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from math import sqrt
-from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import ask, here
-from edgeport.errors import BudgetTooSmall, EdgeportError, MissingExtra, NotACheckpoint, VerificationFailed
-from edgeport.memory import IMPORT_BYTES, in_words
-from edgeport.probing import Job, check_text, predicted_bytes
+from edgeport.errors import VerificationFailed
+from edgeport.probing import Job, hindered, predicted_bytes
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED
 from edgeport.rounding.patch_aware import mean_square
@@ -32,53 +29,21 @@ TOKENS = 1024
 BFLOAT16_BYTES = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrating:
-    """What a plan says of it."""
-
-    weights: int = 0
-    """Whose layers are listened to: those that the rounding will, or may, ask about."""
-    disk_bytes: int = 0
-    """Of a file without a name beside the output while it is made."""
-
-
-def rule_for(wanted: str, seed: int, source: Source, limits: Limits, text: Path | None) -> tuple[Rule, str | None]:
+def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Rule, str | None]:
     """The rounding rule with what there is for it, and why `auto` does without a text where it must.
 
-    Raises NotACheckpoint, CorruptCheckpoint for an unfit text; MissingExtra, BudgetTooSmall, NotACheckpoint where a
-    calibrated rule is asked for and cannot be.
+    Raises MissingExtra, BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
     """
-    if text is not None:
-        check_text(text)
-    hindrance = hindered(source, limits)
+    hindrance = hindered(source, limits, predicted_bytes((), TOKENS, source.config), "running a text through the model")
     if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
         raise hindrance
     return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, TOKENS, seed), str(hindrance) if hindrance else None
 
 
-def hindered(source: Source, limits: Limits) -> EdgeportError | MissingExtra | None:
-    """Why no text can be run through the model, as far as headers tell."""
-    absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)
-    if absent:
-        return MissingExtra(f"{absent} is not installed: pip install 'edgeport[hf]'")
-    if source.container == "hf" and not (source.path / "tokenizer.json").is_file():
-        return NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
-    need = predicted_bytes((), TOKENS, source.config)
-    if limits.ram is not None and IMPORT_BYTES + need > limits.ram:
-        return BudgetTooSmall(
-            f"running a text through the model takes {in_words(need)} in a process beside the port's {in_words(IMPORT_BYTES)}, "
-            f"and --max-ram is {in_words(limits.ram)}"
-        )
-    return None
-
-
-def calibrating(steps: Sequence[Step], rule: Rule) -> Calibrating:
-    """The weights that the chosen rules want inputs for."""
-
+def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:
+    """Of the file without a name that holds the inputs of all layers whose rounding will, or may, ask for them."""
     chosen = [replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps]
-    asked = [step for step in chosen if sees_inputs(step)]
-    size = sum(BFLOAT16_BYTES * TOKENS * step.target.columns for step in asked)
-    return Calibrating(len(asked), size)
+    return sum(BFLOAT16_BYTES * TOKENS * step.target.columns for step in chosen if sees_inputs(step))
 
 
 def sees_inputs(step: Step) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
-from edgeport.calibration import Calibrating, calibrating, rule_for
+from edgeport.calibration import rule_for, scratch_bytes
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -22,7 +22,7 @@ from edgeport.errors import (
     about,
 )
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
-from edgeport.probing import Probing, decide
+from edgeport.probing import Probing, check_text, decide
 from edgeport.registry import codec, lookup, miss, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
 from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
@@ -79,7 +79,8 @@ class Plan:
     peak_vram_bytes: int
     notes: tuple[str, ...]
     probing: Probing
-    calibrating: Calibrating
+    scratch_bytes: int
+    """On disk while the output is made."""
     rule: Rule
     adapter: Adapter | None = None
 
@@ -93,7 +94,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.bytes_out + self.calibrating.disk_bytes + DISK_SLACK_BYTES
+        return self.bytes_out + self.scratch_bytes + DISK_SLACK_BYTES
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -156,6 +157,8 @@ def make_plan(
     """Match, check and cut. Raises every error that the user's input can cause; creates no file."""
     if method.rounding not in (AUTO, NEAREST):
         lookup(roundings(), method.rounding, "rounding")
+    if method.calibration is not None:
+        check_text(method.calibration)
     old = None if method.semantics == OPERATOR else old
     edits = collect_edits(source, patches, old)
     patched = with_ties(source, edits)
@@ -175,14 +178,14 @@ def make_plan(
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
-    rule, hindrance = rule_for(method.rounding, method.seed, source, limits, method.calibration)
+    rule, hindrance = rule_for(method.rounding, method.seed, source, limits)
     steps = tuple(cut(origin, stored, todo, allowed, rule) for (_, origin, todo), stored in pairs)
     check_writable(steps)
     if method.keep_format:
         check_kept(steps)
     adapter = adapter and surveyed(adapter, beside, {weight.name: weight for weight in placed}, allowed)
-    listening = calibrating(steps, rule)
-    check_disk(target.output, sum(file.size for file in files) + listening.disk_bytes + DISK_SLACK_BYTES)
+    scratch = scratch_bytes(steps, rule)
+    check_disk(target.output, sum(file.size for file in files) + scratch + DISK_SLACK_BYTES)
     probing = decide(source, patches, steps, converter, limits, method.probe, method.calibration, config)
     peak = max([step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []), default=0)
     vram = max((step.vram_bytes for step in steps), default=0)
@@ -191,7 +194,7 @@ def make_plan(
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on(work), *sink.notes, *notes_on_rounding(steps, hindrance)),
-        probing=probing, calibrating=listening, rule=rule, adapter=adapter,
+        probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter,
     )  # fmt: skip
 
 

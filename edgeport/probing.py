@@ -82,11 +82,8 @@ def decide(
 ) -> Probing:  # fmt: skip
     """Whether to probe (None: where rounding can harm a patch, and the means are there).
 
-    Raises NotACheckpoint, CorruptCheckpoint for an unfit text; BudgetTooSmall, MissingExtra, VerificationFailed where a
-    probe is insisted on and cannot be.
+    Raises BudgetTooSmall, MissingExtra, NotACheckpoint, VerificationFailed where a probe is insisted on and cannot be.
     """
-    if text is not None:
-        check_text(text)
     tokens = TOKENS if sum(step.target.elements for step in steps) < LARGE else FEW_TOKENS
     need = predicted_bytes(steps, tokens, config)
     if not patches:
@@ -97,24 +94,29 @@ def decide(
         return Probing(skipped="the patch stays beside the model, where nothing rounds it")
     if wanted is None and all(step.target.codec == "plain" for step in steps if step.edits):
         return Probing(skipped="no patched weight is stored in a quantized format")
-    absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)
-    hindrance: EdgeportError | MissingExtra | None = None
-    if absent:
-        hindrance = MissingExtra(f"{absent} is not installed: pip install 'edgeport[hf]'")
-    elif not converter.reads:
+    hindrance = hindered(source, limits, need, "the probe")
+    if hindrance is None and not converter.reads:
         hindrance = VerificationFailed(f"edgeport writes {converter.name} and does not read it back")
-    elif limits.ram is not None and IMPORT_BYTES + need > limits.ram:
-        hindrance = BudgetTooSmall(
-            f"the probe takes {in_words(need)} in a process beside the port's {in_words(IMPORT_BYTES)}, and --max-ram is "
-            f"{in_words(limits.ram)}"
-        )
-    elif source.container == "hf" and not (source.path / "tokenizer.json").is_file():
-        hindrance = NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
     if hindrance is None:
         return Probing(tokens, text, need, wanted is True, limits.ram is not None)
     if wanted:
         raise hindrance
     return Probing(skipped=str(hindrance))
+
+
+def hindered(source: Source, limits: Limits, need: int, work: str) -> EdgeportError | MissingExtra | None:
+    """Why no text can be run through the model in a process that takes `need` bytes, as far as headers tell."""
+    absent = next((name for name in ("transformers", "tokenizers") if find_spec(name) is None), None)
+    if absent:
+        return MissingExtra(f"{absent} is not installed: pip install 'edgeport[hf]'")
+    if limits.ram is not None and IMPORT_BYTES + need > limits.ram:
+        return BudgetTooSmall(
+            f"{work} takes {in_words(need)} in a process beside the port's {in_words(IMPORT_BYTES)}, and --max-ram is "
+            f"{in_words(limits.ram)}"
+        )
+    if source.container == "hf" and not (source.path / "tokenizer.json").is_file():
+        return NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
+    return None
 
 
 def check_text(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import edgeport
 from edgeport.activations import PROBED, collect
 from edgeport.aside import ask
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.errors import NotACheckpoint
+from edgeport.errors import NotACheckpoint, VerificationFailed
 from edgeport.locate import open_model
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job
@@ -164,3 +165,15 @@ def test_without_a_text_chance_decides_and_it_is_said(tiny_llama: TinyLlama, tmp
     assert any("no text is run through the model" in note and "tokenizer.json" in note for note in receipt.notes)
     with pytest.raises(NotACheckpoint, match="no tokenizer"):
         edgeport.plan(patch=patch, new_base=base, output=tmp_path / "no", rounding="patch-aware")
+
+
+def test_a_model_that_cannot_be_run_is_rounded_by_chance_or_refused(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
+    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"stochastic"}
+    assert any("no text was run through the model" in note and "unheard-of" in note for note in receipt.notes)
+    with pytest.raises(VerificationFailed, match=r"cannot see what the layers are given .* use --rounding stochastic"):
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / "no", rounding="patch-aware")
+    assert not (tmp_path / "no").exists()

@@ -62,16 +62,12 @@ class LowRank:
         return (down.T * self.scaling, up.T) if self.transposed else (up * self.scaling, down)
 
 
-@dataclass(frozen=True, slots=True)
-class Replace:
-    """Whole values of a weight, in rows; as differences to `old` where that is known."""
+class OfValues:
+    """What edits have in common that put the patch's own values in the place of the base's."""
 
-    target: str
-    shape: tuple[int, ...]
+    __slots__ = ()
     value: Stored
-    scale: float
     old: tuple[Source, Weight] | None
-    tied: bool
 
     @property
     def semantics(self) -> str:
@@ -80,6 +76,18 @@ class Replace:
     @property
     def reads(self) -> tuple[str, ...]:
         return (self.value.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class Replace(OfValues):
+    """Whole values of a weight, in rows; as differences to `old` where that is known."""
+
+    target: str
+    shape: tuple[int, ...]
+    value: Stored
+    scale: float
+    old: tuple[Source, Weight] | None
+    tied: bool
 
     @property
     def held_bytes(self) -> int:
@@ -107,7 +115,7 @@ class Replace:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceRows:
+class ReplaceRows(OfValues):
     """Single rows of an embedding or a head, by index; as differences to `old` where that is known."""
 
     target: str
@@ -118,14 +126,6 @@ class ReplaceRows:
     old: tuple[Source, Weight] | None
     tied: bool = True
     """PEFT gives the rows of a tied head the same values itself."""
-
-    @property
-    def semantics(self) -> str:
-        return "delta" if self.old else "operator"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.value.name,)
 
     @property
     def held_bytes(self) -> int:
