@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def in_lines(part: Part, data: torch.Tensor, rows: range, granule: int) -> torch
 
 def streamed(codec: Codec, weight: Weight, matrix: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
     """Every part as the run makes it: a block of rows at a time, tables once, the rest when all is seen."""
-    parts = {role: torch.full((part.spec.nbytes,), 7, dtype=torch.uint8) for role, part in weight.parts.items()}
+    poison = partial(torch.full, fill_value=7, dtype=torch.uint8, device=matrix.device)
+    parts = {role: poison((part.spec.nbytes,)) for role, part in weight.parts.items()}
     later: dict[str, list[torch.Tensor]] = {}
     for some in ranges(weight, rows, min(weight.granule, weight.rows)):
         for role, data in codec.encode(weight, matrix[some.start : some.stop], None).items():

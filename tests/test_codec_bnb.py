@@ -53,10 +53,10 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def logits(folder: Path, device: str = "cpu") -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device)
     with torch.no_grad():
-        return model(torch.arange(4, 24)[None]).logits
+        return model(torch.arange(4, 24, device=device)[None]).logits
 
 
 def same_but_for_padding(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -104,13 +104,16 @@ def test_tables_are_those_of_bitsandbytes() -> None:
 
 
 SHAPES = [(48, 256), (300, 96), (7, 33), (1100, 24), (3, 4096), (2, 32)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""bitsandbytes has kernels of its own for each."""
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("blocksize", bnb4.BLOCK_SIZES)
 @pytest.mark.parametrize("format", bnb4.FORMATS)
-def test_4_bit_blocks_equal_bitsandbytes_to_the_bit(format: str, blocksize: int, shape: tuple[int, int]) -> None:
-    matrix = normal(*shape)
+@pytest.mark.parametrize("device", DEVICES)
+def test_4_bit_blocks_equal_bitsandbytes_to_the_bit(device: str, format: str, blocksize: int, shape: tuple[int, int]) -> None:
+    matrix = normal(*shape).to(device)
     matrix[0, :20] = 0
     for dtype in ("float32", "bfloat16", "float16"):
         state = bnb4.new_state(format, dtype, blocksize)
@@ -189,8 +192,9 @@ def test_row_int8_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_rows_equal_bitsandbytes_to_the_bit(shape: tuple[int, int]) -> None:
-    matrix = normal(*shape)
+@pytest.mark.parametrize("device", DEVICES)
+def test_int8_rows_equal_bitsandbytes_to_the_bit(device: str, shape: tuple[int, int]) -> None:
+    matrix = normal(*shape).to(device)
     matrix[0] = 0
     weight = int8.codec.layout("a.weight", shape, int8.FORMAT)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
