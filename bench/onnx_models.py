@@ -1,11 +1,13 @@
 """ONNX outputs: how right, how small to make, how fast to run, beside onnxruntime-genai's builder and llama.cpp.
 
-`python -m bench.onnx_models [logits] [memory] [speed] [-o results.json]` (default: all three)
+`python -m bench.onnx_models [logits] [memory] [speed] [cuda] [-o results.json]` (default: the first three)
 
 logits  every family and precision on tiny random models, and the real one, against transformers: text in two chunks, then
         twenty tokens one by one; largest error as a share of the largest logit, mean KL in nats, top-1 agreement
 memory  peak (VmHWM of a process of its own) of an export in bf16, int8 and int4, above what the imports take
 speed   milliseconds a token on the real model, the programs taking turns token by token
+cuda    the last two on a CUDA device, in half precision: logits against transformers' in fp32, milliseconds a token and a
+        prompt, beside the builder's graphs and transformers; --model names another model than the packaged one
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ BUILT = ("0.14 B",)
 """What the builder is given too: it holds whole models, 8 GB for one of 1 B."""
 BUILDER = """
 import runpy, sys
-options = zip(("-i", "-o", "-p", "-c"), sys.argv[1:])
-sys.argv = ["builder", "-m", "model", "-e", "cpu", *(word for pair in options for word in pair)]
+options = zip(("-i", "-o", "-p", "-c", "-e"), sys.argv[1:])
+sys.argv = ["builder", "-m", "model", *(word for pair in options for word in pair)]
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 """
 EXPORTER = """
@@ -100,9 +102,9 @@ def distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> tuple[fl
     return float(error), float(max(kl, 0.0)), float((ours.argmax(-1) == theirs.argmax(-1)).mean())
 
 
-def spoken(output: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def spoken(output: Path, tokens: NDArray[np.int64], runner: Runner | None = None) -> NDArray[np.float32]:
     """Logits, in two chunks and token by token."""
-    runner = Runner(output, threads=1)
+    runner = runner or Runner(output, threads=1)
     edges = [0, FIRST, *range(FIRST + SECOND, tokens.shape[1] + 1)]
     return np.concatenate([runner.step(tokens[:, start:stop]) for start, stop in pairwise(edges)], axis=1)
 
@@ -143,7 +145,10 @@ def logits(scratch: Path) -> Iterator[dict[str, Any]]:
 
 def child(script: str, *arguments: str) -> dict[str, int]:
     """The bytes that a Python process says on stderr. Raises CalledProcessError."""
-    done = subprocess.run([sys.executable, "-c", script + REPORT, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script + REPORT, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
     found = (line.split() for line in done.stderr.splitlines() if line.startswith(("peak ", "imports ")))
     return {name: int(count) for name, count in found}
 
@@ -161,7 +166,7 @@ def memory(scratch: Path) -> Iterator[dict[str, Any]]:
             yield {"shape": name, "program": "edgeport", "precision": quant, "seconds": seconds, "graph": graph, **found}
         if name in BUILT and find_spec("onnxruntime_genai"):
             began = time.perf_counter()
-            found = child(BUILDER, str(base), str(scratch / "out"), "int4", str(scratch / "cache"))
+            found = child(BUILDER, str(base), str(scratch / "out"), "int4", str(scratch / "cache"), "cpu")
             seconds = time.perf_counter() - began
             yield {"shape": name, "program": "genai builder", "precision": "int4", "seconds": seconds, **found}
             remove(scratch / "out")
@@ -190,7 +195,7 @@ def speed(scratch: Path, tokens: int = 60) -> Iterator[dict[str, Any]]:
         graphs[f"edgeport {quant}"] = scratch / quant
         edgeport.export(model=real, output=scratch / quant, to="onnx", quant=quant)
         graphs[f"genai builder {quant}"] = scratch / f"genai-{quant}"
-        child(BUILDER, str(real), str(scratch / f"genai-{quant}"), quant, str(scratch / "cache"))
+        child(BUILDER, str(real), str(scratch / f"genai-{quant}"), quant, str(scratch / "cache"), "cpu")
     for threads in (1, 2):
         racers = [racer(name, path, threads) for name, path in graphs.items()]
         racers.append(Racer("llama.cpp Q4_K_M", llama(scratch / "Q4_K_M.gguf", threads)))
@@ -222,6 +227,77 @@ def llama(model: Path, threads: int) -> Callable[[int], object]:
     return lambda token: loaded.eval([token])
 
 
+PROMPT = 512
+CUDA = ("fp16", "bf16", "int8", "int4")
+
+
+def cuda(scratch: Path, model: Path | None = None, tokens: int = 100) -> Iterator[dict[str, Any]]:
+    """One row a program, as soon as it is measured: here nothing else runs, and programs need not take turns."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    real = scratch / "hf"
+    edgeport.export(model=model or packaged_model(), output=real, to="hf", quant="f32")
+    peer = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
+    asked = text(peer.config.vocab_size)
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(asked)).logits.numpy()
+    halved = peer.half().cuda()
+    yield {"program": "transformers fp16", **timed(Transformers(halved), peer.config.vocab_size, tokens)}
+    for program, quant in [*(("edgeport", quant) for quant in CUDA), ("genai builder", "fp16"), ("genai builder", "int4")]:
+        output = scratch / "out"
+        try:
+            if program == "edgeport":
+                edgeport.export(model=real, output=output, to="onnx", quant=quant, execution_provider="cuda")
+            else:
+                child(BUILDER, str(real), str(output), quant, str(scratch / "cache"), "cuda")
+            runner = Runner(output, provider="cuda", head_dim=peer.config.head_dim)
+            error, kl, same = distance(spoken(output, asked, runner), theirs)
+            times = timed(runner, peer.config.vocab_size, tokens)
+        except Exception as reason:  # of one program: the others go on
+            sys.stderr.write(f"{program} {quant}: {reason}\n")
+            continue
+        yield {"program": f"{program} {quant}", "error": error, "kl": kl, "top1": same, **times}
+        remove(output)
+
+
+class Transformers:
+    """transformers with its own cache, stepped as a Runner is."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def step(self, ids: Any) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            made = self.model(torch.tensor(ids, device=self.model.device), past_key_values=self.cache)
+        return np.asarray(made.logits.float().cpu().numpy())
+
+
+def timed(runner: Runner | Transformers, vocabulary: int, tokens: int) -> dict[str, float]:
+    """Median seconds of a prompt of `PROMPT` tokens and of each token after it, their logits on the CPU."""
+    prompt = np.random.default_rng(1).integers(3, vocabulary, (1, PROMPT)).tolist()
+    prompts: list[float] = []
+    for _ in range(5):
+        runner.reset()
+        began = time.perf_counter()
+        runner.step(prompt)
+        prompts.append(time.perf_counter() - began)
+    singles: list[float] = []
+    for turn in range(tokens):
+        began = time.perf_counter()
+        runner.step([[100 + turn]])
+        singles.append(time.perf_counter() - began)
+    return {"prompt": median(prompts), "median": median(singles), "least": min(singles)}
+
+
 MIB = 1 << 20
 Rows = list[dict[str, Any]]
 
@@ -243,6 +319,14 @@ def shown(found: Mapping[str, Rows]) -> str:
     if rows := found.get("speed"):
         cells = [[r["program"], str(r["threads"]), *(f"{1e3 * r[key]:.1f}" for key in ("median", "least", "cpu"))] for r in rows]
         pieces.append(table(["program", "threads", "ms a token", "least", "of CPU"], cells))
+    if rows := found.get("cuda"):
+        cells = [
+            [r["program"], *([f"{r['error']:.1e}", f"{r['kl']:.1e}", f"{r['top1']:.0%}"] if "kl" in r else ["-"] * 3),
+             *(f"{1e3 * r[key]:.2f}" for key in ("prompt", "median", "least"))]
+            for r in rows
+        ]  # fmt: skip
+        heads = ["program", "largest error", "KL", "top-1", f"ms for {PROMPT} tokens", "ms a token", "least"]
+        pieces.append(table(heads, cells))
     return "\n\n".join(pieces)
 
 
@@ -251,15 +335,16 @@ PARTS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"logits": logits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join([*PARTS, 'cuda'])}")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--model", type=Path, help="of the part cuda, in place of the packaged model")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     found: dict[str, Rows] = {}
     for part in arguments.parts or PARTS:
         with tempfile.TemporaryDirectory() as scratch:
             found[part] = []
-            for row in PARTS[part](Path(scratch)):
+            for row in cuda(Path(scratch), arguments.model) if part == "cuda" else PARTS[part](Path(scratch)):
                 found[part].append(row)
                 print(row, file=sys.stderr, flush=True)
     print(shown(found))

@@ -122,9 +122,9 @@ def expected(model: Any, weights: dict[str, torch.Tensor] | None = None, batch: 
     return np.asarray(logits.numpy())
 
 
-def found(output: Path, batch: int = 1) -> NDArray[np.float32]:
+def found(output: Path, batch: int = 1, provider: str = "cpu") -> NDArray[np.float32]:
     """Ours, in two chunks and token by token."""
-    runner, text = Runner(output, threads=1), tokens(batch)
+    runner, text = Runner(output, provider=provider, threads=1), tokens(batch)
     edges = [0, FIRST, *range(FIRST + SECOND, LENGTH + 1)]
     return np.concatenate([runner.step(text[:, start:stop]) for start, stop in pairwise(edges)], axis=1)
 
@@ -396,15 +396,35 @@ def test_generation_through_onnxruntime_genai(tiny_llama: TinyLlama, tmp_path: P
     assert list(generator.get_sequence(0)) == theirs[0].tolist()
 
 
+# options, bits, and what half-precision activations may do to the logits of the file's own numbers
+ON_CUDA: dict[str, tuple[dict[str, Any], int, float]] = {
+    "fp16": ({"quant": "fp16"}, 0, 1e-2),
+    "bf16": ({"quant": "bf16"}, 0, 5e-2),
+    "int8": ({"quant": "int8"}, 8, 1e-2),
+    "int4": ({"quant": "int4"}, 4, 1e-2),
+    "int4, zero points": ({"quant": "int4", "asymmetric": True}, 4, 1e-2),
+}
+
+
 @pytest.mark.gpu
-def test_logits_on_cuda(families: Families, tmp_path: Path) -> None:
-    folder, model = families("llama")
-    for quant, most in (("fp16", 5e-3), ("int4", None)):
-        edgeport.export(model=folder, output=tmp_path / quant, to="onnx", quant=quant, execution_provider="cuda")
-        runner = Runner(tmp_path / quant, provider="cuda")
-        ours = np.concatenate([runner.step(tokens()[:, :9]), runner.step(tokens()[:, 9:])], axis=1)
-        if most:
-            assert error(ours, expected(model)) < most
+@pytest.mark.parametrize("precision", ON_CUDA)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_on_cuda(name: str, precision: str, families: Families, tmp_path: Path) -> None:
+    (folder, model), (options, bits, most) = families(name), ON_CUDA[precision]
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", execution_provider="cuda", **options)
+    weights = stored_weights(tmp_path / "out", model, bits)
+    assert error(found(tmp_path / "out", provider="cuda"), expected(model, weights)) < most
+
+
+@pytest.mark.gpu
+def test_a_batch_and_greedy_text_on_cuda(families: Families, tmp_path: Path) -> None:
+    folder, model = families("mistral, window")
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp16", execution_provider="cuda")
+    assert error(found(tmp_path / "out", batch=2, provider="cuda"), expected(model, batch=2)) < 1e-2
+    runner = Runner(tmp_path / "out", provider="cuda")
+    prompt = tokens()[0, :9].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(runner.generate(prompt, 6)) == theirs[0, 9:].tolist()
 
 
 def test_the_runner_names_mistakes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
