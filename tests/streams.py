@@ -35,10 +35,11 @@ def streamed(codec: Codec, weight: Weight, matrix: torch.Tensor, rows: int) -> d
                 part = weight.parts[role]
                 in_lines(part, parts[role], some, weight.granule).copy_(data.view(part.lines, -1))
             else:
-                later.setdefault(role, []).append(data)
+                later.setdefault(role, []).append(data.cpu())
     if later:
         assert isinstance(codec, Finishing)
-        parts |= codec.finish(weight, {role: torch.cat(data) for role, data in later.items()})
+        finished = codec.finish(weight, {role: torch.cat(data) for role, data in later.items()})
+        parts |= {role: data.to(matrix.device) for role, data in finished.items()}
     return parts
 
 

@@ -113,17 +113,17 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("format", bnb4.FORMATS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_4_bit_blocks_equal_bitsandbytes_to_the_bit(device: str, format: str, blocksize: int, shape: tuple[int, int]) -> None:
-    matrix = normal(*shape).to(device)
+    matrix = normal(*shape)
     matrix[0, :20] = 0
     for dtype in ("float32", "bfloat16", "float16"):
         state = bnb4.new_state(format, dtype, blocksize)
         weight = bnb4.lay_out("w", shape, state)
-        parts = streamed(bnb4.codec, weight, matrix, 16)
+        parts = streamed(bnb4.codec, weight, matrix.to(device), 16)
         quant_type, nested = bnb4.FORMATS[format]
         codes, expected = bnb.functional.quantize_4bit(
-            matrix.to(getattr(torch, dtype)), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+            matrix.to(device, getattr(torch, dtype)), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
         )
-        stored = {"w." + name: tensor for name, tensor in expected.as_dict(packed=True).items()} | {"w": codes}
+        stored = {"w." + name: tensor.to(device) for name, tensor in expected.as_dict(packed=True).items()} | {"w": codes}
         assert {part.spec.name for part in weight.parts.values()} == stored.keys()
         for role, part in weight.parts.items():
             other = stored[part.spec.name].reshape(-1).view(torch.uint8)
@@ -194,11 +194,11 @@ def test_row_int8_by_hand() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_int8_rows_equal_bitsandbytes_to_the_bit(device: str, shape: tuple[int, int]) -> None:
-    matrix = normal(*shape).to(device)
+    matrix = normal(*shape)
     matrix[0] = 0
     weight = int8.codec.layout("a.weight", shape, int8.FORMAT)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        cast = matrix.to(dtype)
+        cast = matrix.to(device, dtype)
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(cast.half())
         parts = streamed(int8.codec, weight, cast.float(), 16)
         assert torch.equal(parts["codes"].view(torch.int8).view(shape), codes)
