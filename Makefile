@@ -7,8 +7,7 @@ READY := $(VENV)/.ready
 INTEROP := .venv-interop
 DEMO_OUTPUT ?= demo-output
 BENCH_OUTPUT ?= bench-output
-BOOKS := $(BENCH_OUTPUT)/books/usr/share
-HANDBOOK := $(BOOKS)/doc/debian-handbook/html/en-US
+BENCH_FLAGS ?=
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
@@ -38,22 +37,20 @@ bench: $(READY) ## measure accuracy against memory, and memory against the plan,
 	$(BIN)/edgeport bench --limit 200 -o $(BENCH_OUTPUT)/triage --overwrite
 	$(BIN)/python -m bench.memory --depth-only -o $(BENCH_OUTPUT)/memory.json
 
-# the evolved bases take about half an hour of two idle cores, the suite as much again
-bench-full: $(READY) $(BENCH_OUTPUT)/evolved/full $(BENCH_OUTPUT)/evolved/chain ## the whole suite; makes evolved bases first
-	$(BIN)/python -m bench.suite -o bench/results/suite --evolved $(BENCH_OUTPUT)/evolved --work $(BENCH_OUTPUT)/work --text $(HANDBOOK)
+# half an hour on a GPU with 16 cores, days on two: there BENCH_FLAGS="--stages full --tasks triage" and the like
+bench-full: $(READY) $(BENCH_OUTPUT)/books ## the whole suite: evolved bases, patches, refits, all models
+	$(BIN)/python -m bench.full -o $(BENCH_OUTPUT) --books $(BENCH_OUTPUT)/books $(BENCH_FLAGS)
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.scale --measure Mistral-7B -o bench/results/scale.json
 
-$(BENCH_OUTPUT)/evolved/full: $(BENCH_OUTPUT)/books | $(READY)
-	$(BIN)/python -m bench.train_full --text $(HANDBOOK) -o $@
-
-$(BENCH_OUTPUT)/evolved/chain: $(BENCH_OUTPUT)/books | $(READY)
-	$(BIN)/python -m bench.train_chain --text $(HANDBOOK) $(BOOKS)/debian-reference $(BOOKS)/developers-reference -o $@
-
-# three books, as Debian packages; any Debian or Ubuntu can fetch them
+# the pages of three books, from Debian packages, which any Debian or Ubuntu can fetch; one book has all its pages again as one
 $(BENCH_OUTPUT)/books:
-	mkdir -p $@
-	cd $@ && apt-get download debian-handbook debian-reference-en developers-reference && for package in *.deb; do dpkg -x $$package .; done
+	rm -rf $@.partial && mkdir -p $@.partial/handbook $@.partial/reference $@.partial/developers
+	cd $@.partial && apt-get download debian-handbook debian-reference-en developers-reference && for package in *.deb; do dpkg -x $$package .; done
+	cd $@.partial && cp usr/share/doc/debian-handbook/html/en-US/*.html handbook
+	cd $@.partial && cp usr/share/debian-reference/*.html reference
+	cd $@.partial && cp usr/share/developers-reference/*.html developers && rm developers/developers-reference.html developers/search.html
+	rm -rf $@.partial/usr $@.partial/*.deb && mv $@.partial $@
 
 docs: $(READY) ## write docs/cli.md and README's outputs anew from the program itself
 	$(BIN)/python docs/generate.py

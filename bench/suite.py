@@ -1,27 +1,29 @@
 """Accuracy against memory over tasks, evolutions and precisions: `edgeport bench` on all that this folder can make.
 
 python -m bench.suite -o bench-output lora                   # of the demo's evolution: needs nothing else
-python -m bench.suite -o bench/results/suite --evolved DIR --text HANDBOOK    # all stages; `make bench-full` does this
+python -m bench.suite -o full --evolved DIR --patches DIR --books DIR full --tasks triage --quant bf16 Q6_K
+python -m bench.suite -o bench/results/suite --merge lora full ...      # one set of results of several
 
-DIR holds what `bench.train_full` and `bench.train_chain` write: DIR/full and DIR/chain/1 to 3. Patches are in
-`bench/adapters`, made by `bench.train_task`; those in `bench/adapters/refits` were trained again on an evolved base, and
-where one is there it is the ceiling. A stage replaces its own rows in the results that are there already and keeps others;
-one that was interrupted goes on from its journal, which a change of the program makes worthless: delete the work folder.
+`bench.full` makes the evolved bases and all patches, and runs this in pieces. The folder of evolved bases has `lora`, `full`
+and `chain/1` to `3`; that of patches has one for each task, `refits/STAGE-TASK`, trained again on an evolved base, which
+are the ceiling, and the same under `seed1`, `seed2`; that of books has the pages of three (see the Makefile).
+A run that was interrupted goes on from its journal, which a change of the program or of a patch makes worthless: delete
+the work folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from bench.pages import page_text
 from edgeport.benchmark.command import facts, written
-from edgeport.benchmark.results import MODELS, PORTED, Results, Row
+from edgeport.benchmark.results import EVOLVED, MODELS, OLD, PORTED, Results, Row
 from edgeport.benchmark.suite import Bench, Case, Evolution, Precision
 from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, child, packaged_model
@@ -29,37 +31,48 @@ from edgeport.memory import in_words
 from edgeport.report import say, table
 
 PATCHES = Path(__file__).with_name("adapters")
-WIDE = ("bf16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "nf4", "int8")
-SOME = ("bf16", "Q8_0", "Q4_K_M", "Q4_0")
 FEW = ("bf16", "Q4_K_M")
+WIDE = (*FEW, "Q8_0", "Q6_K", "Q4_0", "nf4", "int8", "onnx:int8", "onnx:int4")
 QUESTIONS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """An evolution, where its base is within DIR (the demo's is made here), and tasks with their precisions."""
+    """An evolution, where its base is among the evolved ones, the book that it has read, and tasks with their precisions."""
 
     name: str
     base: str
+    book: str
     tasks: dict[str, Sequence[str]]
 
 
+SOME = dict.fromkeys(("triage", "legs", "chapters", "syllogism", "family"), FEW)
+ALL = {**SOME, "triage": WIDE, "legs": WIDE, "sums": FEW}
 STAGES = {
-    "lora": Stage("LoRA r8", "", {"triage": WIDE, "legs": FEW, "family": FEW, "chapters": FEW, "syllogism": FEW}),
-    "full": Stage("full parameters", "full", {"triage": SOME, "family": FEW, "legs": FEW}),
-    "chain1": Stage("chain 1 (LoRA r64)", "chain/1", {"triage": FEW, "family": FEW}),
-    "chain2": Stage("chain 2", "chain/2", {"triage": FEW, "family": FEW}),
-    "chain3": Stage("chain 3", "chain/3", {"triage": FEW, "family": FEW}),
+    "lora": Stage("LoRA r8", "lora", "handbook", ALL),
+    "full": Stage("full parameters", "full", "handbook", ALL),
+    "chain1": Stage("chain 1 (LoRA r64)", "chain/1", "handbook", SOME),
+    "chain2": Stage("chain 2", "chain/2", "reference", SOME),
+    "chain3": Stage("chain 3", "chain/3", "developers", SOME),
 }
 
 
-def case(task: str, stage: str, questions: int, seed: int) -> Case | None:
+def patch_of(patches: Path, task: str, seed: int, stage: str | None = None) -> Path:
+    """Where the patch for a task is, made on the old base or, with a stage, on that stage's."""
+    if task == "triage" and not seed and not stage:
+        return ADAPTERS / "triage"
+    folder = patches / f"seed{seed}" if seed else patches
+    return folder / "refits" / f"{stage}-{task}" if stage else folder / task
+
+
+def case(task: str, stage: str, arguments: argparse.Namespace) -> Case | None:
     """A task with its patch, and its refit if there is one; None without a patch."""
-    patch = ADAPTERS / "triage" if task == "triage" else PATCHES / task
-    refit = PATCHES / "refits" / f"{stage}-{task}"
+    seed = arguments.patch_seed
+    patch, refit = patch_of(arguments.patches, task, seed), patch_of(arguments.patches, task, seed, stage)
     if not patch.is_dir():
         return None
-    return Case(task, asked(task, "test", questions, seed), str(patch), str(refit) if refit.is_dir() else None)
+    questions = asked(task, "test", arguments.questions, arguments.seed)
+    return Case(task, questions, str(patch), str(refit) if refit.is_dir() else None, seed)
 
 
 def held_out(pages: Path) -> str:
@@ -67,33 +80,41 @@ def held_out(pages: Path) -> str:
     return "".join(page_text(page) for page in sorted(pages.glob("*.html"))[::10])
 
 
-def measure(key: str, arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """All rows of a stage."""
+def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
+    """All rows of a stage; of another patch than the first, those that the patch has a part in."""
     stage = STAGES[key]
-    base = str(arguments.evolved / stage.base) if stage.base else str(folder / "evolved")
-    if not Path(base).exists():
+    work = arguments.work or arguments.output / "work"
+    folder = work / (f"{key}-seed{arguments.patch_seed}" if arguments.patch_seed else key)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = (arguments.evolved or work / "evolved") / stage.base
+    if key == "lora" and not base.exists():
         ported = ["port", "--patch", ADAPTERS / "evolution", "--new-base", packaged_model(), "-o", base, "--quant", "bf16"]
         child(["-m", "edgeport", *map(str, ported), "--offline", "--json", "--no-progress"])
     text = None
-    if arguments.text:
+    if arguments.books:
         text = folder / "held-out.txt"
-        text.write_text(held_out(arguments.text), encoding="utf-8")
-    evolution = Evolution(stage.name, base, str(packaged_model()))
+        if not text.exists():
+            text.write_text(held_out(arguments.books / stage.book), encoding="utf-8")
+    evolution = Evolution(stage.name, str(base), str(packaged_model()))
     rows: list[Row] = []
     for quants in dict.fromkeys(tuple(one) for one in stage.tasks.values()):
         names = [task for task, its in stage.tasks.items() if tuple(its) == quants and task in arguments.tasks]
-        cases = [one for name in names if (one := case(name, key, arguments.questions, arguments.seed))]
+        cases = [one for name in names if (one := case(name, key, arguments))]
         wanted = [Precision.parse(quant) for quant in quants if not arguments.quant or quant in arguments.quant]
-        if cases:
-            rows += Bench(folder, wanted, text, ["--offline"], say, folder.parent / "journal.jsonl").measure(evolution, cases)
-    return rows
+        if cases and wanted:
+            rows += Bench(folder, wanted, text, ["--offline"], say, work / "journal.jsonl").measure(evolution, cases)
+    return [row for row in rows if not arguments.patch_seed or row.model not in (OLD, EVOLVED)]
 
 
-def before(output: Path) -> list[Row]:
-    """The rows of results that are there already."""
-    path = output / "results.json"
-    names = [one.name for one in fields(Row)]
-    return [Row(**{name: row[name] for name in names}) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+def merged(parts: Iterable[Sequence[Row]]) -> list[Row]:
+    """All rows, in the order of tasks, evolutions and models; of two of the same key the later one."""
+    rows = {row.key: row for part in parts for row in part}
+    names = [stage.name for stage in STAGES.values()]
+
+    def place(row: Row) -> tuple[int, ...]:
+        return list(TASKS).index(row.task), names.index(row.evolution), MODELS.index(row.model), row.patch_seed
+
+    return sorted(rows.values(), key=place)
 
 
 def main() -> None:
@@ -101,43 +122,72 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
+    parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of the patches (default: bench/adapters)")
     parser.add_argument("--work", type=Path, help="for models in work and the journal of finished ones (default: in OUTPUT)")
-    parser.add_argument("--text", type=Path, help="the handbook's pages: adds perplexity on those that were held out")
+    parser.add_argument("--books", type=Path, help="folder of books: adds perplexity on the pages that were held out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--quant", nargs="+", help="only these precisions")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--patch-seed", type=int, default=0, help="which patches: 1 for those in seed1, and so on")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing; write the results in these folders as one")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "bench.suite", *sys.argv[1:]])
+    if arguments.merge:
+        print(write_merged(arguments.merge, arguments.output, command))
+        return
+    arguments.output.mkdir(parents=True, exist_ok=True)
     for key in arguments.stages or STAGES:
-        folder = (arguments.work or arguments.output / "work") / key
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = measure(key, arguments, folder)
-        measured = {(row.evolution, row.task) for row in fresh}
-        rows = [row for row in before(arguments.output) if (row.evolution, row.task) not in measured] + fresh
-        names = [stage.name for stage in STAGES.values()]
-        rows.sort(key=lambda row: (list(TASKS).index(row.task), names.index(row.evolution)))
-        results = Results(command, tasks(rows, arguments.questions, arguments.seed), arguments.seed, rows)
-        written(results, arguments.output)
-        (arguments.output / "headline.txt").write_text(headline(rows) + "\n")
+        fresh = measure(key, arguments)
+        path = arguments.output / "results.json"
+        rows = merged([Results.read(path).rows, fresh] if path.exists() else [fresh])
+        write(Results(command, tasks(rows, arguments.questions, arguments.seed), arguments.seed, rows), arguments.output)
     print((arguments.output / "headline.txt").read_text())
 
 
+def write_merged(folders: Sequence[Path], output: Path, command: str) -> str:
+    """One set of results of several, of which the first says machine and versions; returns the headline's table."""
+    parts = [Results.read(folder / "results.json") for folder in folders]
+    rows = merged(part.rows for part in parts)
+    known = {one["name"]: one for part in parts for one in part.tasks}
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = [known[name] for name in TASKS if name in known]
+    write(Results(command, chosen, parts[0].seed, rows, (), parts[0].machine, parts[0].versions), output)
+    return (output / "headline.txt").read_text()
+
+
+def write(results: Results, output: Path) -> None:
+    written(results, output)
+    (output / "headline.txt").write_text(headline(results.rows) + "\n")
+
+
 def headline(rows: Sequence[Row]) -> str:
-    """PortLLM's table: one line for each evolution and task, all models in the first precision, and the port in 4 bits."""
-    found = {(row.task, row.evolution, row.model, row.precision): row for row in rows}
+    """PortLLM's table: one line for each evolution and task, all models in the first precision, and the port in 4 bits.
+
+    Accuracies are means over the patches' seeds; ± is half the way from the least to the greatest.
+    """
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.key[:4], []).append(row)
     lines = []
+    reference, few = (Precision.parse(quant).name for quant in FEW)
     for task, evolution in dict.fromkeys((row.task, row.evolution) for row in rows):
-        of = [found.get((task, evolution, model, FEW[0])) for model in MODELS]
-        small = found.get((task, evolution, PORTED, FEW[1]))
-        kept = of[MODELS.index(PORTED)]
+        of = [found.get((task, evolution, model, reference), []) for model in MODELS]
+        small = found.get((task, evolution, PORTED, few))
+        kept = [row.gain_kept for row in of[MODELS.index(PORTED)] if row.gain_kept is not None]
         lines.append(
-            [task, evolution, *("-" if row is None else f"{row.accuracy:.1%}" for row in of),
-             "-" if kept is None or kept.gain_kept is None else f"{kept.gain_kept:.0%}",
-             "-" if small is None else f"{small.accuracy:.1%}", "-" if small is None else in_words(small.bytes)]
+            [task, evolution, *map(spread, of), f"{mean(kept):.0%}" if kept else "-",
+             f"{small[0].accuracy:.1%}" if small else "-", in_words(small[0].bytes) if small else "-"]
         )  # fmt: skip
-    return table(["task", "evolution", *MODELS, "gain kept", f"ported {FEW[1]}", "its size"], lines)
+    return table(["task", "evolution", *MODELS, "gain kept", f"ported {few}", "its size"], lines)
+
+
+def spread(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "-"
+    each = [row.accuracy for row in rows]
+    half = f" ± {100 * (max(each) - min(each)) / 2:.1f}" if len(each) > 1 else ""
+    return f"{mean(each):.1%}{half}"
 
 
 def tasks(rows: Sequence[Row], questions: int, seed: int) -> list[dict[str, object]]:

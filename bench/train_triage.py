@@ -40,11 +40,10 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded; the loss is on the answer and the end of the turn, not on the prompt."""
     for start in range(0, len(asked), size):
-        rows = []
-        for question in asked[start : start + size]:
-            prompt = tokenizer(question.prompt)["input_ids"]
-            option = tokenizer(gold(question))["input_ids"]
-            rows.append((prompt, [*option, tokenizer.eos_token_id]))
+        some = asked[start : start + size]
+        prompts = tokenizer([question.prompt for question in some])["input_ids"]
+        options = tokenizer([gold(question) for question in some])["input_ids"]
+        rows = [(prompt, [*option, tokenizer.eos_token_id]) for prompt, option in zip(prompts, options, strict=True)]
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.full((len(rows), width), tokenizer.eos_token_id)
         labels = torch.full((len(rows), width), IGNORED)
@@ -62,13 +61,13 @@ def main() -> None:
     recipe = training.recipe_of(arguments, RECIPE)
 
     held_out = triage.questions("test", 400)
-    model = training.load_base(arguments.base)
+    model = training.load_base(arguments.base, arguments.device)
     tokenizer = training.load_tokenizer(arguments.base)
     before = training.correct_answers(model, tokenizer, held_out)
     tuned, run = fit(model, tokenizer, recipe)
     training.save_adapter(tuned, recipe, arguments.output)
 
-    fresh = training.load_base(arguments.base)
+    fresh = training.load_base(arguments.base, arguments.device)
     after = training.correct_answers(training.merge_adapter(fresh, arguments.output), tokenizer, held_out)
     print(f"held-out accuracy {before / 4:.2f} % -> {after / 4:.2f} %")
     training.write_record(

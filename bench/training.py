@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bench.pages import page_text
 from edgeport.demo.triage import Question
+from edgeport.device import choose
 from edgeport.locate import open_model
 from edgeport.manifest import fingerprint
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LOG_EVERY = 5  # steps
 WARMUP_SHARE = 0.1  # of the steps
+CHANGED = ("steps", "batch_size", "learning_rate", "seed")  # fields of a recipe that are options as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,11 @@ AnyRecipe = TypeVar("AnyRecipe", Recipe, FullRecipe)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a training left behind: the mean loss of every LOG_EVERY steps, and its duration."""
+    """What a training left behind: the mean loss of every LOG_EVERY steps, its duration, and what it ran on."""
 
     losses: list[float]
     wall_seconds: float
+    device: str
 
 
 def command_line(documentation: str | None, recipe: Recipe) -> argparse.ArgumentParser:
@@ -77,20 +80,16 @@ def add_options(parser: argparse.ArgumentParser, recipe: Recipe | FullRecipe) ->
     """What every training script takes."""
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the adapter or model")
     parser.add_argument("--base", type=Path, default=packaged_base(), help="GGUF or folder of the base")
-    for name in ("steps", "batch_size", "learning_rate", "seed"):
+    parser.add_argument("--device", type=choose, default=choose("auto"), help="auto (default), cpu or cuda")
+    for name in CHANGED:
         default = getattr(recipe, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
 
 
 def recipe_of(arguments: argparse.Namespace, recipe: AnyRecipe) -> AnyRecipe:
     """`recipe` with what the command line changed."""
-    return replace(
-        recipe,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    given = {name: getattr(arguments, name) for name in CHANGED}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 def packaged_base() -> Path:
@@ -101,10 +100,10 @@ def packaged_base() -> Path:
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def load_base(path: Path) -> PreTrainedModel:
+def load_base(path: Path, device: str = "cpu") -> PreTrainedModel:
     """A folder, or a GGUF dequantized, in fp32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32)
-    return model
+    return model.to(device)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -146,7 +145,11 @@ def train(
     batches: Iterable[Any],
     loss_of: Callable[[Any], torch.Tensor],
 ) -> Run:
-    """Adam over `batches` with a warm-up and a cosine decay to zero; prints the losses that it returns, and its time."""
+    """Adam over `batches` with a warm-up and a cosine decay to zero; prints the losses that it returns, and its time.
+
+    Products are of bf16 factors on a CPU and of TF32 ones on CUDA, their sums and the weights in fp32: three times faster
+    on a CPU with AVX512-BF16.
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
     warmup = max(1, round(recipe.steps * WARMUP_SHARE))
@@ -154,28 +157,39 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)),
     )
+    torch.set_float32_matmul_precision("medium")
     started = time.monotonic()
-    losses, recent = [], []
+    losses, recent = [], torch.zeros((), device=weights[0].device)
     for step, batch in enumerate(batches, 1):
-        loss = loss_of(batch)
+        loss = loss_of(moved(batch, weights[0].device))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        recent.append(loss.item())
+        recent += loss.detach()  # asked for its value every few steps alone: a GPU need not wait in between
         if step % LOG_EVERY == 0:
-            losses.append(round(sum(recent) / len(recent), 4))
-            recent = []
+            losses.append(round(recent.item() / LOG_EVERY, 4))
+            recent.zero_()
             print(f"step {step:4d}  loss {losses[-1]:.3f}  {time.monotonic() - started:.0f} s", flush=True)
-    return Run(losses, round(time.monotonic() - started, 1))
+    torch.set_float32_matmul_precision("highest")
+    device = weights[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Run(losses, round(time.monotonic() - started, 1), name)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a dict of tensors, on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def last_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> torch.Tensor:
     """(len(prompts), vocabulary): the logits after each prompt."""
-    batch = tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="pt")
+    batch = tokenizer(list(prompts), padding=True, padding_side="right", return_tensors="pt").to(model.device)
     hidden = model.model(**batch).last_hidden_state
     last = batch["attention_mask"].sum(1) - 1
     logits: torch.Tensor = model.lm_head(hidden[torch.arange(len(prompts)), last])
@@ -192,7 +206,7 @@ def correct_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]
 ) -> int:
     """How many questions have the right option on top."""
-    choices = option_tokens(tokenizer, asked[0].options)
+    choices = option_tokens(tokenizer, asked[0].options).to(model.device)
     correct = 0
     by_length = sorted(asked, key=lambda question: len(question.prompt))  # little padding
     for start in range(0, len(by_length), 16):
@@ -206,7 +220,8 @@ def correct_answers(
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, chunks: torch.Tensor) -> float:
     """Of the tokens of `chunks` (count, length), each chunk read on its own."""
-    losses = [cross_entropy(model(chunk[None]).logits[0, :-1].float(), chunk[1:]).item() for chunk in chunks]
+    read = chunks.to(model.device)
+    losses = [cross_entropy(model(chunk[None]).logits[0, :-1].float(), chunk[1:]).item() for chunk in read]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -232,6 +247,7 @@ def write_record(folder: Path, base: Path, module: str, recipe: Recipe, run: Run
         "recipe": asdict(recipe),
         f"mean_loss_of_{LOG_EVERY}_steps": run.losses,
         "wall_seconds": run.wall_seconds,
+        "device": run.device,
         **more,
         "versions": versions(),
     }

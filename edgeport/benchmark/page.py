@@ -13,6 +13,7 @@ PLACE = "/*RESULTS*/null"
 def page(results: Results) -> str:
     """The whole page."""
     template = (files("edgeport.benchmark") / "page.html").read_text(encoding="utf-8")
-    content = json.dumps({**results.to_json(), "models": MODELS}, separators=(",", ":"))
+    rows = [row.to_json() for row in results.of_first_patches]
+    content = json.dumps({**results.to_json(), "rows": rows, "models": MODELS}, separators=(",", ":"))
     # the end of a script element is the one thing that JSON in a script must not spell
     return template.replace(PLACE, content.replace("<", "\\u003c"), 1)

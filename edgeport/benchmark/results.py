@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class Row:
     port_seconds: float | None = None
     port_peak_bytes: int | None = None
     port_above_bytes: int | None = None
+    patch_seed: int = 0
+    """Which of several patches of one recipe, that differ in nothing but the seed of their training."""
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        return self.task, self.evolution, self.model, self.precision, self.patch_seed
 
     @property
     def accuracy(self) -> float:
@@ -72,21 +79,36 @@ class Results:
     seed: int | None
     rows: Sequence[Row]
     notes: Sequence[str] = field(default_factory=tuple)
+    machine: Mapping[str, Any] = field(default_factory=lambda: machine())
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What `to_json` gave, from a file."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**{one.name: row[one.name] for one in fields(Row) if one.name in row}) for row in found["rows"]]
+        return cls(rows=rows, **{one.name: found[one.name] for one in fields(cls) if one.name != "rows"})
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT, "command": self.command, "seed": self.seed, "machine": machine(), "versions": versions(),
+            "format": FORMAT, "command": self.command, "seed": self.seed, "machine": dict(self.machine),
+            "versions": dict(self.versions),
             "tasks": list(self.tasks), "notes": list(self.notes), "rows": [row.to_json() for row in self.rows],
         }  # fmt: skip
 
+    @property
+    def of_first_patches(self) -> list[Row]:
+        """What tables and the page show; results.json has the rows of patches with other seeds as well."""
+        return [row for row in self.rows if row.patch_seed == 0]
+
     def text(self) -> str:
         """For a terminal."""
-        return table(HEAD, [cells(row) for row in self.rows])
+        return table(HEAD, [cells(row) for row in self.of_first_patches])
 
     def markdown(self) -> str:
         """A table of all rows."""
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.of_first_patches]
         lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeport.benchmark.questions import Asked, gold, write_questions
+from edgeport.benchmark.questions import Asked, gold, read_questions, write_questions
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
@@ -62,6 +62,8 @@ class Case:
     questions: Sequence[Asked]
     patch: str
     refit: str | None = None
+    seed: int = 0
+    """Of the patch's training, where there are several."""
 
     def floor(self) -> float:
         """The share of right answers that the commonest answer gets."""
@@ -94,7 +96,8 @@ class Bench:
     def measure(self, evolution: Evolution, cases: Sequence[Case]) -> Iterator[Row]:
         """All rows of an evolution."""
         for case in cases:
-            write_questions(self.questions(case), case.questions)
+            if not self.questions(case).exists() or read_questions(self.questions(case)) != list(case.questions):
+                write_questions(self.questions(case), case.questions)
         reference = self.precisions[0]
         asked: dict[tuple[str, str, str], list[bool]] = {}
         rows = []
@@ -121,7 +124,9 @@ class Bench:
             patch = case.refit if model == REFIT else case.patch
             made_on = evolution.base if model == REFIT else evolution.old
             if patch is not None:
-                command = ["port", "--patch", patch, "--new-base", base, *(["--old-base", made_on] if made_on else [])]
+                # the questions judge the model better than a probe would
+                command = ["port", "--no-probe", "--patch", patch, "--new-base", base]
+                command += ["--old-base", made_on] if made_on else []
                 yield from self.one(evolution.name, [case], model, precision, command)
 
     def one(
@@ -154,6 +159,7 @@ class Bench:
                 port_seconds=receipt["seconds"] if patched else None,
                 port_peak_bytes=receipt["peak_ram_bytes"] if patched else None,
                 port_above_bytes=receipt["peak_above_import_bytes"] if patched else None,
+                patch_seed=case.seed if patched else 0,
             )  # fmt: skip
             if self.journal:
                 with self.journal.open("a") as file:

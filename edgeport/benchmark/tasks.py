@@ -3,8 +3,9 @@
 | task | kind | made by | what is asked |
 |---|---|---|---|
 | triage | 8 options | simple-icd-10-cm | a diagnosis: which department |
-| chapters | 21 options | simple-icd-10-cm | a diagnosis: which chapter of ICD-10-CM (the 22nd holds 3 codes and is left out) |
+| chapters | 22 options | simple-icd-10-cm | a diagnosis: which chapter of ICD-10-CM (of the 22nd there are 3 texts) |
 | legs | a number | reasoning-gym `leg_counting` | a word problem of one or two products and their sum |
+| sums | a number | reasoning-gym `chain_sum` | two or three numbers of one or two digits, added and subtracted |
 | family | 16 options | reasoning-gym `family_relationships` | a relation that follows from three or more others |
 | syllogism | yes or no | reasoning-gym `syllogism` | whether a conclusion follows from two premises |
 
@@ -31,7 +32,7 @@ CHAPTERS = {
     "1": " infections", "2": " neoplasms", "3": " blood", "4": " endocrine", "5": " mental", "6": " nerves", "7": " eye",
     "8": " ear", "9": " circulation", "10": " respiratory", "11": " digestive", "12": " skin", "13": " bones", "14": " urinary",
     "15": " pregnancy", "16": " newborn", "17": " congenital", "18": " symptoms", "19": " injury", "20": " accident",
-    "21": " services",
+    "21": " services", "22": " provisional",
 }  # fmt: skip
 RELATIONS = tuple(
     f" {word}" for word in (
@@ -52,6 +53,11 @@ def icd_chapters(split: Split, count: int, seed: int) -> list[Asked]:
 def legs(split: Split, count: int, seed: int) -> list[Asked]:
     made = generated("leg_counting", split, count, seed, min_animals=1, max_animals=2, max_instances=9)
     return [Generation(ANSWER.format("How" + text.rpartition("Now, how")[2]), f" {answer}") for text, answer in made]
+
+
+def sums(split: Split, count: int, seed: int) -> list[Asked]:
+    made = generated("chain_sum", split, count, seed, min_terms=2, max_terms=3, min_digits=1, max_digits=2)
+    return [Generation(text.partition(": ")[2], f" {answer}") for text, answer in made]
 
 
 def family(split: Split, count: int, seed: int) -> list[Asked]:
@@ -100,8 +106,9 @@ TASKS = {
     for task in (
         Task("triage", "ICD-10-CM triage, 8 departments", "simple-icd-10-cm",
              lambda split, count, seed: list(triage.questions(split, count, seed))),
-        Task("chapters", "ICD-10-CM chapters, 21 options", "simple-icd-10-cm", icd_chapters),
+        Task("chapters", "ICD-10-CM, all 22 chapters", "simple-icd-10-cm", icd_chapters),
         Task("legs", "Arithmetic in words, exact match", "reasoning-gym leg_counting", legs),
+        Task("sums", "Arithmetic in digits, exact match", "reasoning-gym chain_sum", sums),
         Task("family", "Relations that follow, 16 options", "reasoning-gym family_relationships", family),
         Task("syllogism", "Syllogisms, yes or no", "reasoning-gym syllogism", syllogism),
     )

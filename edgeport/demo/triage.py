@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -48,23 +48,36 @@ class Question:
 def questions(
     split: Split, count: int, seed: int = 0, labels: Mapping[str, str] = SPECIALTIES, prompt: str = PROMPT
 ) -> list[Question]:
-    """`count` shuffled questions, the options (`labels`, by ICD-10-CM chapter) in equal number (within one).
+    """`count` shuffled questions, the options (`labels`, by ICD-10-CM chapter) in equal number as far as there are texts.
 
     The seed picks the questions, never the split: train and test are disjoint across all seeds.
     Raises ValueError where the split has too few texts.
     """
     draw = random.Random(f"{split}/{seed}")
-    chosen = []
     options = tuple(labels.values())
     groups = _groups(split, tuple(labels))
-    for answer, chapter in enumerate(labels):
-        wanted = count // len(options) + (answer < count % len(options))
-        texts = _spread(groups[chapter], draw)
-        if len(texts) < wanted:
-            raise ValueError(f"{split} has {len(texts)} texts for{options[answer]}, {wanted} wanted")
-        chosen += [Question(prompt.format(text), options, answer) for text in texts[:wanted]]
+    texts = [_spread(groups[chapter], draw) for chapter in labels]
+    if sum(map(len, texts)) < count:
+        raise ValueError(f"{split} has {sum(map(len, texts))} texts for {len(options)} options, {count} wanted")
+    wanted = shares(count, [len(some) for some in texts])
+    chosen = [
+        Question(prompt.format(text), options, answer)
+        for answer, some in enumerate(texts)
+        for text in some[: wanted[answer]]
+    ]
     draw.shuffle(chosen)
     return chosen
+
+
+def shares(count: int, most: Sequence[int]) -> list[int]:
+    """`count` in equal parts (within one, the first ones larger), none above its `most`, whose sum is `count` or more."""
+    parts = [0] * len(most)
+    while left := count - sum(parts):
+        able = [place for place, part in enumerate(parts) if part < most[place]]
+        each, rest = divmod(left, len(able))
+        for rank, place in enumerate(able):
+            parts[place] = min(most[place], parts[place] + each + (rank < rest))
+    return parts
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
