@@ -158,7 +158,7 @@ def main() -> None:
     failed = [] if arguments.collect else run(jobs(arguments), arguments)
     shards = sorted(path.parent for path in (arguments.output / "shards").glob("*/results.json"))
     if shards:
-        command = shlex.join(["python", "-m", "bench.full", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "bench.full", *(one for one in sys.argv[1:] if one != "--collect")])
         print(write_merged(shards, arguments.output / "results", command))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")

@@ -158,6 +158,9 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatc
     (found,) = bench.one("another", [case], "old base", precision, command)
     assert found == (replace(row("old base", "bf16", right), evolution="another"), right)
 
+    (tmp_path / "text").write_text("another text, of which the journal has no perplexity")
+    assert entry(command, precision, case, tmp_path / "text") not in bench.finished()
+
     def made(arguments: Sequence[str]) -> None:
         raise EdgeportError(f"made {arguments[3]}")
 

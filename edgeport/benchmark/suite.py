@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -134,7 +135,7 @@ class Bench:
     ) -> Iterator[tuple[Row, list[bool]]]:
         """Make a model, put every case's questions to it, and remove it."""
         names = ", ".join(case.name for case in cases)
-        told = [entry(command, precision, case) for case in cases]
+        told = [entry(command, precision, case, self.text) for case in cases]
         done = self.finished()
         first = model == PORTED and precision == self.precisions[0]
         if all(key in done for key in told) and not (first and not all(self.rows_file(case).exists() for case in cases)):
@@ -193,9 +194,10 @@ class Bench:
         return self.folder / f"{case.name}.distributions"
 
 
-def entry(command: Sequence[str], precision: Precision, case: Case) -> str:
+def entry(command: Sequence[str], precision: Precision, case: Case, text: Path | None = None) -> str:
     """What names a measurement: the same model is not made twice for two evolutions of one old base."""
-    return json.dumps([*command, precision.name, case.name, len(case.questions)])
+    read = sha256(text.read_bytes()).hexdigest() if text else None
+    return json.dumps([*command, precision.name, case.name, len(case.questions), read])
 
 
 def completed(row: Row, rows: Sequence[Row], asked: dict[tuple[str, str, str], list[bool]], reference: str) -> Row:
