@@ -142,6 +142,32 @@ def export(base: Path, output: Path, *flags: str) -> list[str]:
     return ["export", str(base), "-o", str(output), "--no-progress", *flags]
 
 
+EXPERTS = {"model.layers.0.mlp.experts.down_proj": noise((2, HIDDEN, HIDDEN), 8)}
+
+
+def extract(
+    *flags: str, tuned: Callable[[], Tensors] = weights, old: Callable[[], Tensors] = weights, **config: Any
+) -> Make:
+    """An extraction of what a tuned model with other tensors has changed."""
+
+    def make(folder: Path) -> list[str]:
+        base, new = model(folder, tensors=old(), **config), model(folder, "tuned", tuned(), **config)
+        return ["extract", "--old-base", str(base), "--tuned", str(new), "-o", str(folder / "out"), "--no-progress", *flags]
+
+    return make
+
+
+def tuned() -> dict[str, Array]:
+    return {name: values + 0.1 * noise(values.shape, 9) for name, values in weights().items()}
+
+
+def dense(folder: Path, tensors: Tensors, record: str | None = None) -> Path:
+    """What `extract --full` writes."""
+    path = _empty(folder / "patch")
+    save(path / "difference.safetensors", tensors)
+    return path if record is None else _with(path, "edgeport.json", record)
+
+
 def written(folder: Path) -> Path:
     """A finished output, and only it."""
     done = run(port(folder))
@@ -551,6 +577,36 @@ CASES: dict[str, Case] = {
     "old base of another shape": Case(with_old_base(NORM, (48,)), "[48]"),
     "old base of another width": Case(with_old_base(Q_WEIGHT, (48, 48)), "[48, 48]"),
     "new base of another shape": Case(with_base(lambda: weights() | {Q_WEIGHT: noise((48, 32), 1)}), "the base has [48, 32]"),
+    "differences, of another shape": Case(
+        lambda f: port(f, None, dense(f, {Q_WEIGHT: noise((48, 32), 1)})), "of shape [48, 32], and the base has [32, 32]"),
+    "differences, of a weight that is not there": Case(
+        lambda f: port(f, None, dense(f, {"model.extra": noise((4,), 1)})), "changes model.extra, which base does not have"),
+    "differences, in whole numbers": Case(
+        lambda f: port(f, None, dense(f, {NORM: np.zeros(HIDDEN, np.int32)})), "is of type I32, and not of floating point"),
+    "differences, none": Case(lambda f: port(f, None, dense(f, {})), "holds no tensors"),
+    "differences, a record of another kind": Case(
+        lambda f: port(f, None, dense(f, {NORM: noise((HIDDEN,), 1)}, '{"grown": [1]}')), "holds no numbers of rows"),
+    # extract
+    "extract, --rank 0": Case(extract("--rank", "0"), "--rank 0 is no rank", 2),
+    "extract, --energy above 1": Case(extract("--energy", "99"), "--energy 99.0 is no share", 2),
+    "extract, --rank and --full": Case(extract("--rank", "4", "--full"), "give one of them", 2),
+    "extract, nothing has changed": Case(extract(), "has the same weights as base; there is nothing to extract"),
+    "extract, a weight too many": Case(
+        extract(tuned=lambda: weights() | {"model.extra": noise((4,), 1)}), "tuned has model.extra, which base does not"),
+    "extract, a weight missing": Case(
+        extract(tuned=lambda: {name: held for name, held in weights().items() if name != NORM}), f"base has {NORM}, which tuned"),
+    "extract, another shape": Case(
+        extract(tuned=lambda: weights() | {Q_WEIGHT: noise((48, 32), 1)}), "has shape [32, 32] in one model and [48, 32] in the"),
+    "extract, NaN in the fine-tune": Case(
+        extract(tuned=lambda: spoiled(Q_WEIGHT, np.nan, weights())), "self_attn.q_proj.weight: tuned holds NaN or infinity"),
+    "extract, no place in an adapter": Case(
+        extract(old=lambda: weights() | EXPERTS, tuned=lambda: weights() | {name: 2 * held for name, held in EXPERTS.items()}),
+        "experts.down_proj: a PEFT adapter has no place for the change of it; use --full"),
+    "extract, linear layers stored turned": Case(extract(tuned=tuned, model_type="gpt2"), "are stored turned; give --full"),
+    "extract, --max-ram too small": Case(extract("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
+    "extract, disk too small": Case(extract(), "free", 4, small_disk),
+    "extract, output exists": Case(
+        lambda f: extract(tuned=tuned)(_empty(f / "out").parent), "exists already; give another -o or --overwrite"),
     # what the output asks
     "output exists": Case(
         lambda f: port(f, None, None, to=_empty(f / "out").name), "exists already; give another -o or --overwrite"),

@@ -22,6 +22,7 @@ from edgeport.errors import (
     UnknownName,
     about,
 )
+from edgeport.patches.lora_config import lora_config, spelled
 from edgeport.patches.names import PEFT_PREFIX
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
@@ -212,7 +213,7 @@ class FolderSink:
         specs = {part.spec.name: part.spec for one in factors for weight in (one.down, one.up) for part in weight.parts.values()}
         header, ranges = safetensors_bytes(specs, {"format": "pt"})
         size = len(header) + sum(spec.nbytes for spec in specs.values())
-        config = json.dumps(adapter_config(factors, alpha), indent=2).encode() + b"\n"
+        config = spelled(lora_config({one.target.removesuffix(".weight"): one.rank for one in factors}, alpha))
         file = FileLayout(f"{ADAPTER}/adapter_model.safetensors", size, ((0, header),), ranges)
         return ADAPTER, [file, _whole(f"{ADAPTER}/adapter_config.json", config)]
 
@@ -247,17 +248,6 @@ def with_skipped(config: Mapping[str, Any], weights: Iterable[str]) -> dict[str,
     """
     skipped = config.get("llm_int8_skip_modules") or [HEAD.removesuffix(".weight")]
     return {**config, "llm_int8_skip_modules": [*skipped, *(name.removesuffix(".weight") for name in weights)]}
-
-
-def adapter_config(factors: Sequence[Factors], alpha: int) -> dict[str, Any]:
-    """What PEFT's `LoraConfig` needs to load them beside the model in the folder above."""
-    ranks = {one.target.removesuffix(".weight"): one.rank for one in factors}
-    return {
-        "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": 0.0, "peft_type": "LORA", "r": alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != alpha},
-        "target_modules": list(ranks), "task_type": "CAUSAL_LM", "use_rslora": False,
-    }  # fmt: skip
 
 
 def aligned(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgeport.api import compare as compare
     from edgeport.api import export as export
+    from edgeport.api import extract as extract
     from edgeport.api import formats as formats
     from edgeport.api import inspect as inspect
     from edgeport.api import plan as plan
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("compare", "export", "formats", "inspect", "plan", "port", "verify"), "edgeport.api"),
+    **dict.fromkeys(("compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"), "edgeport.api"),
     "EdgeportError": "edgeport.errors",
 }
 
-__all__ = ["EdgeportError", "compare", "export", "formats", "inspect", "plan", "port", "verify"]
+__all__ = ["EdgeportError", "compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
 
 
 def __getattr__(name: str) -> Any:

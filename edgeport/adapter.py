@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeport.errors import ConvertError, UnknownName, UnsupportedPatch, about
+from edgeport.lowrank import OVERSAMPLING
 from edgeport.seams import Adapting, Edit, Factors, FileLayout, LowRankEdit, Sink
 from edgeport.steps import Allowed, Step, cut
 from edgeport.tensor import EMBEDDING, Weight
 
 SIDECAR, RESIDUAL = "sidecar", "residual"
-OVERSAMPLING = 8
-"""Directions that the range finder takes beyond those it keeps (Halko, Martinsson and Tropp recommend 5 to 10)."""
 Patched = Mapping[str, tuple[Weight, Sequence[Edit]]]
 """By the name of a patched weight: the stored weight, and its edits in order."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 from edgeport import device as devices
 from edgeport.checkpoint import read_json
@@ -20,6 +20,7 @@ from edgeport.seams import Patch, Source, Target
 from edgeport.steps import Limits
 
 if TYPE_CHECKING:
+    from edgeport.extraction import Extraction, ExtractionPlan
     from edgeport.probe import Comparison
 
 Location = str | Path
@@ -62,6 +63,20 @@ class PortOptions(Options, total=False):
     """Whether to compare what base, exact port and output say. None: where a patch is rounded and transformers is there."""
     calibration: Location | None
     """The text to do that on; None: edgeport's own."""
+
+
+class ExtractOptions(TypedDict):
+    """What an extraction can be asked; at most one of rank, energy and full."""
+
+    old_base: Location
+    tuned: Location
+    output: Location
+    rank: NotRequired[int | None]
+    energy: NotRequired[float | None]
+    full: NotRequired[bool]
+    max_ram: NotRequired[str | int | None]
+    overwrite: NotRequired[bool]
+    offline: NotRequired[bool]
 
 
 def plan(
@@ -158,6 +173,33 @@ def export(*, model: Location, output: Location, progress: Progress = silent, **
     return run(plan(new_base=model, output=output, **options), progress=progress)
 
 
+def plan_extraction(
+    *,
+    old_base: Location,
+    tuned: Location,
+    output: Location,
+    rank: int | None = None,
+    energy: float | None = None,
+    full: bool = False,
+    max_ram: str | int | None = None,
+    overwrite: bool = False,
+    offline: bool = False,
+) -> ExtractionPlan:
+    """What `extract` would do, from headers alone; nothing is written."""
+    from edgeport import extraction
+
+    keep = extraction.keep_of(rank, energy, full)
+    old, new = (open_model(one, offline) for one in (old_base, tuned))
+    return extraction.plan_extraction(old, new, keep, Path(output), Limits(_bytes(max_ram)), overwrite)
+
+
+def extract(*, progress: Progress = silent, **options: Unpack[ExtractOptions]) -> Extraction:
+    """Take a patch out of a fine-tuned model: a PEFT adapter of 16 directions a matrix unless the options say otherwise."""
+    from edgeport import extractor
+
+    return extractor.extract(plan_extraction(**options), progress=progress)
+
+
 def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
     """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
     return verify_hashes(Path(output))
@@ -223,4 +265,4 @@ def inspect(path: Location, *, offline: bool = False) -> dict[str, Any]:
     return describe(path, offline)
 
 
-__all__ = ["Options", "compare", "export", "formats", "inspect", "plan", "port", "verify"]
+__all__ = ["Options", "compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"]

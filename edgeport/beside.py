@@ -2,9 +2,8 @@
 
 A sidecar holds the patch itself: the factors of a weight's edits, side by side, are again two factors. A residual holds
 the best low-rank approximation of what rounding lost, R = exact - stored, with each column weighed by the root mean square
-of its input where an importance matrix is at hand (LQER, arXiv 2402.02446). Its leading directions come from a sketch of
-R's rows and one power iteration, each a pass over row blocks (Halko, Martinsson and Tropp, SIAM Review 53, 2011,
-algorithm 4.4 on the transpose). Both are stored in float32 with all scales multiplied in.
+of its input where an importance matrix is at hand (LQER, arXiv 2402.02446). Its leading directions are those that `lowrank`
+finds. Both are stored in float32 with all scales multiplied in.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgeport.adapter import OVERSAMPLING, SIDECAR
+from edgeport.adapter import SIDECAR
 from edgeport.blocks import decode_rows, encode_rows, ranges
 from edgeport.errors import about
+from edgeport.lowrank import OVERSAMPLING, row_space
 from edgeport.manifest import WeightFact
 from edgeport.memory import trim_heap
-from edgeport.rounding.draws import uniform
 from edgeport.seams import Factors, LowRankEdit, Source
 from edgeport.staging import Staging
 from edgeport.steps import Step
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from edgeport.adapter import Adapter
 
-SWEEPS = 2
-"""Of the range finder: one sketch, one power iteration."""
 LEAST_SCALE = 0.01
 """Of the mean scale: columns whose input is next to nothing are not to be divided by it."""
 
@@ -69,26 +66,13 @@ def joined(step: Step) -> tuple[Tensor, Tensor]:
 
 def directions(step: Step, rank: int, scale: Tensor, source: Source, staging: Staging) -> Tensor:
     """float32 [rank, columns], orthonormal: the leading right singular vectors of what rounding lost times `scale`."""
-    import torch
+
+    def lost() -> Iterator[tuple[range, Tensor]]:
+        for rows, _, exact, stored in blocks(step, source, staging):
+            yield rows, exact.sub_(stored).mul_(scale)
 
     width = min(rank + OVERSAMPLING, step.target.rows, step.target.columns)
-    basis: Tensor | None = None
-    for _ in range(SWEEPS):
-        sketch = torch.zeros(width, step.target.columns, dtype=torch.float64)
-        for rows, _, exact, stored in blocks(step, source, staging):
-            lost = exact.sub_(stored).mul_(scale)
-            test = lost @ basis.T if basis is not None else draws(step, rows, width)
-            sketch += (test.T @ lost).double()
-        basis = torch.linalg.svd(sketch, full_matrices=False)[2].float()
-    assert basis is not None
-    return basis[:rank]
-
-
-def draws(step: Step, rows: range, width: int) -> Tensor:
-    """float32 [len(rows), width]: independent, of mean 0."""
-    import torch
-
-    return uniform(f"residual {step.draws}", rows.start, len(rows), width, torch.device("cpu")).sub_(0.5)
+    return row_space(lost, step.target.columns, width, f"residual {step.draws}")[:rank]
 
 
 def column_scale(importance: Tensor | None, columns: int) -> Tensor:

@@ -16,12 +16,49 @@ import typer
 
 from edgeport import __version__, api
 from edgeport.errors import EdgeportError, MissingExtra, UnknownName, VerificationFailed
-from edgeport.memory import in_words
+from edgeport.options import (
+    Asymmetric,
+    BlockSize,
+    Calibration,
+    Device,
+    DryRun,
+    EmbeddingType,
+    Energy,
+    Force,
+    Full,
+    Imatrix,
+    Json,
+    KeepFormat,
+    MaxRam,
+    MaxSize,
+    MaxVram,
+    NoProgress,
+    Offline,
+    OldBase,
+    Output,
+    OutputType,
+    Overwrite,
+    Portable,
+    Probe,
+    Promote,
+    Provider,
+    Quant,
+    Quiet,
+    Rank,
+    Residual,
+    Rounding,
+    Seed,
+    Semantics,
+    ShardSize,
+    Sidecar,
+    TensorType,
+    To,
+    Verbose,
+)  # fmt: skip
 from edgeport.report import bar, say, table
+from edgeport.texts import changes_text, extraction_plan_text, extraction_text, plan_text, receipt_text, weights_text
 
 if TYPE_CHECKING:
-    from edgeport.effect import Effect
-    from edgeport.manifest import Receipt
     from edgeport.planning import Plan
 
 app = typer.Typer(
@@ -30,49 +67,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Port a fine-tune's patch onto an updated base, in low memory, straight to HF, GGUF or ONNX.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
-Output = Annotated[Path, typer.Option("-o", "--output", help="The output: a folder for hf and onnx, a file for gguf.")]
-To = Annotated[str, typer.Option("--to", help="Container: hf, gguf ...")]
-QUANT_HELP = (
-    "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ...; for onnx int8, int4 "
-    "(default: as the base)."
-)
-Quant = Annotated[str | None, typer.Option("--quant", "-p", "--precision", help=QUANT_HELP)]
-ShardSize = Annotated[str | None, typer.Option("--max-shard-size", "--split-max-size", help="Largest output file, such as 5GB.")]
-Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of llama.cpp.")]
-TensorType = Annotated[list[str] | None, typer.Option(help="REGEX=TYPE for some tensors; repeats.")]
-OutputType = Annotated[str | None, typer.Option("--output-tensor-type", help="Type of the output head.")]
-EmbeddingType = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embedding.")]
-BlockSize = Annotated[int | None, typer.Option(help="Columns that share a scale: 16, 32, 64 or 128 (onnx; default 32).")]
-Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each block (onnx).")]
-Portable = Annotated[bool, typer.Option("--portable", help="Plain ONNX operators, for other runtimes than onnxruntime (onnx).")]
-Provider = Annotated[str | None, typer.Option(help="cpu or cuda: what the graph is made for (onnx; default cpu).")]
-Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
-MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
-MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
-KeepFormat = Annotated[bool, typer.Option("--keep-format", help="Insist on the base's number formats (the default is to try).")]
-SEMANTICS_HELP = "delta: add every change to the new base; operator: put values that the patch holds whole in its place."
-Semantics = Annotated[str | None, typer.Option(help=SEMANTICS_HELP)]
-Seed = Annotated[int, typer.Option(help="Of the draws that rounding takes; recorded in the manifest.")]
-Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
-PROMOTE_HELP = "Store the patched weights that rounding harms most in finer formats, up to --max-size."
-Promote = Annotated[bool, typer.Option("--promote", help=PROMOTE_HELP)]
-MaxSize = Annotated[str | None, typer.Option(help="Most bytes of the output's weights, such as 5GB, with --promote.")]
-RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this rank."
-Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
-PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
-Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
-Calibration = Annotated[Path | None, typer.Option(help="A text in UTF-8 for the probe (default: edgeport's own).")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of edgeport.")]
-Force = Annotated[bool, typer.Option("--force", help="Go past the gate and the fingerprint check; recorded in the manifest.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what happened to each weight.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
-
 
 CAPABILITIES = {"rw": "read, write", "rp": "read, patch", "r": "read", "copy": "copy"}
 
@@ -122,73 +116,12 @@ def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool,
         emit(receipt.to_json(), as_json, receipt_text(receipt))
 
 
-def plan_text(plan: Plan) -> str:
-    actions = [step.action for step in plan.steps]
-    rows = [
-        ["weights", ", ".join(f"{actions.count(action)} to {action}" for action in ("patch", "recode", "copy"))],
-        ["read", in_words(plan.bytes_in)],
-        ["write", f"{in_words(plan.bytes_out)} in {len(plan.files)} file(s) to {plan.target.output}"],
-        ["peak RAM", f"{in_words(plan.peak_ram_bytes)} ({in_words(plan.peak_above_import_bytes)} of it for blocks and headers)"],
-        ["peak VRAM", in_words(plan.peak_vram_bytes)],
-        ["disk", in_words(plan.disk_bytes)],
-    ]
-    return table(["plan", ""], rows) + "".join(f"\nnote: {note}" for note in plan.notes)
-
-
-def receipt_text(receipt: Receipt) -> str:
-    facts = receipt.to_json()
-    rows = [
-        ["output", f"{receipt.output} ({in_words(receipt.bytes_out)})"],
-        ["weights", f"{facts['weights']}: {facts['patched']} patched, {facts['copied']} copied byte for byte"],
-        ["time", f"{receipt.seconds:.1f} s"],
-        ["peak RAM", f"{in_words(receipt.peak_ram_bytes)} ({in_words(receipt.peak_above_import_bytes)} above import)"],
-    ]
-    if receipt.coverage["tensors"]:
-        rows.append(["patch tensors", f"{receipt.coverage['consumed']} of {receipt.coverage['tensors']} merged"])
-    if promoted := receipt.method.get("promoted"):
-        names = f"{', '.join(list(promoted)[:3])}{' ...' if len(promoted) > 3 else ''}"
-        rows.append(["promoted", f"{len(promoted)} weights: {names}"])
-    if receipt.adapter:
-        kept = f"{receipt.adapter['path']} ({in_words(receipt.adapter['bytes'])}), beside the model and part of it"
-        rows.append(["adapter", kept])
-    if survival := receipt.survival:
-        rows.append(["patch kept", f"{survival['mean']:.1%} on average, least {survival['min']:.1%} ({survival['worst']})"])
-    if effect := receipt.probe:
-        rows.append(["probe", effect_text(effect)])
-    elif survival:
-        rows.append(["probe", f"not run: {receipt.probe_skipped}"])
-    return table(["written", ""], rows)
-
-
-def weights_text(receipt: Receipt) -> str:
-    """A line for each weight that was not merely copied."""
-    rows = [
-        [
-            fact.weight, fact.action + " beside" * fact.beside, fact.origin, fact.stored, fact.rounding or "-",
-            *("-" if figure is None else f"{figure:.4f}" for figure in (fact.change, fact.retention, fact.error)),
-        ]
-        for fact in receipt.facts if fact.action != "copy" or fact.beside
-    ]  # fmt: skip
-    return table(["weight", "action", "from", "to", "rounding", "change", "kept", "error"], rows)
-
-
-def effect_text(effect: Effect) -> str:
-    kept = "the patch changes nothing here" if effect.kept is None else (
-        f"{effect.kept:.1%} +- {effect.kept_error:.1%} of the patch's effect kept"
-    )
-    perplexity = ", ".join(f"{name} {value:.2f}" for name, value in effect.perplexity.items())
-    return (
-        f"{kept}; KL to the exact port {effect.kl:.3g} nats (the patch: {effect.patch_kl:.3g}); perplexity {perplexity}; "
-        f"{effect.tokens} tokens, {effect.seconds:.1f} s, {in_words(effect.peak_ram_bytes)}"
-    )
-
-
 @app.command()
 def port(
     patch: Annotated[list[str], typer.Option("--patch", help="A PEFT adapter folder, P or P:SCALE; repeats.")],
     new_base: Annotated[str, typer.Option("--new-base", help="The evolved base: folder, .gguf file or hub name.")],
     output: Output,
-    old_base: Annotated[str | None, typer.Option("--old-base", help="The base that the patch was made on.")] = None,
+    old_base: OldBase = None,
     to: To = "hf",
     quant: Quant = None,
     max_shard_size: ShardSize = None,
@@ -272,6 +205,44 @@ def export(
             execution_provider=execution_provider,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, False, not no_progress, quiet, verbose)
+
+
+@app.command()
+def extract(
+    old_base: Annotated[str, typer.Option("--old-base", help="The base that was tuned: folder, .gguf file or hub name.")],
+    tuned: Annotated[str, typer.Option("--tuned", help="What became of it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for the patch.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    full: Full = False,
+    max_ram: MaxRam = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+    no_progress: NoProgress = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Take a patch out of a fine-tuned model: a PEFT adapter, or with --full the exact difference."""
+    with mistakes():
+        from edgeport.extractor import extract as run_extraction
+
+        plan = api.plan_extraction(
+            old_base=old_base, tuned=tuned, output=output, rank=rank, energy=energy, full=full, max_ram=max_ram,
+            overwrite=overwrite, offline=offline,
+        )  # fmt: skip
+        if dry_run:
+            emit(plan.to_json(), as_json, extraction_plan_text(plan))
+            return
+        with bar(plan.bytes_in, not no_progress and not quiet) as progress:
+            done = run_extraction(plan, progress=progress, command=["edgeport", *sys.argv[1:]])
+        for note in done.notes:
+            say(f"note: {note}", quiet)
+        if verbose:
+            say(changes_text(done))
+        if as_json or not quiet:
+            emit(done.to_json(), as_json, extraction_text(done))
 
 
 @app.command()

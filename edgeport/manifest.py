@@ -127,6 +127,14 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
+def described(models: Mapping[str, Source]) -> dict[str, Any]:
+    """Name, fingerprint and hashes of models that went in, by their role."""
+    return {
+        role: {"name": source.path.name, "fingerprint": fingerprint(source), "sha256": hashes(source.files)}
+        for role, source in models.items()
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions of what had a part in the numbers."""
     from importlib.metadata import PackageNotFoundError, version
@@ -141,7 +149,16 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(receipt: Receipt, folder: bool, staging: Path, inputs: Mapping[str, Any], command: Sequence[str]) -> None:
-    """Write the manifest among the staged files, with a hash of each of them."""
+    """Write the manifest of a port among the staged files."""
+    facts = {key: value for key, value in receipt.to_json().items() if key not in ("files", "output")}
+    facts["per_weight"] = [asdict(fact) for fact in receipt.facts if fact.action != "copy" or fact.beside]
+    write_record(staging, manifest_path(receipt.output, folder).name, inputs, command, facts)
+
+
+def write_record(
+    staging: Path, name: str, inputs: Mapping[str, Any], command: Sequence[str], facts: Mapping[str, Any]
+) -> None:
+    """Write a manifest of these facts among the staged files, with a hash of each of them."""
     content = {
         "edgeport": 1,
         "versions": versions(),
@@ -149,10 +166,8 @@ def write_manifest(receipt: Receipt, folder: bool, staging: Path, inputs: Mappin
         "inputs": dict(inputs),
         "files": {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
                   for path in sorted(staging.rglob("*")) if path.is_file()},
-        **{key: value for key, value in receipt.to_json().items() if key not in ("files", "output")},
-        "per_weight": [asdict(fact) for fact in receipt.facts if fact.action != "copy" or fact.beside],
+        **facts,
     }  # fmt: skip
-    name = manifest_path(receipt.output, folder).name
     (staging / name).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -18,7 +18,7 @@ from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
 from edgeport.grid import Gridded
-from edgeport.manifest import Receipt, WeightFact, fingerprint, hashes, write_manifest
+from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
@@ -26,7 +26,7 @@ from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, on_grid
 from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
-from edgeport.steps import COPY_BYTES, Rule, Step, stored_alike
+from edgeport.steps import COPY_BYTES, Limits, Rule, Step, stored_alike
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
@@ -79,11 +79,11 @@ def stream(
                     else:
                         facts.append(edit(plan, step, staging, lane, activations, progress))
                 trim_heap()
-                check_budget(plan)
+                check_budget(plan.limits)
             lane.finish()
             if plan.adapter:
                 facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
-                check_budget(plan)
+                check_budget(plan.limits)
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
@@ -254,9 +254,9 @@ def finite(matrix: Tensor) -> bool:
     return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
 
 
-def check_budget(plan: Plan) -> None:
+def check_budget(limits: Limits) -> None:
     """Stop a run whose process grows beyond --max-ram, whatever the reason."""
-    limit = plan.limits.ram
+    limit = limits.ram
     if limit is not None and peak_bytes() > limit:
         raise BudgetTooSmall(
             f"the process has taken {in_words(peak_bytes())}, above --max-ram {in_words(limit)}; this machine's libraries need "
@@ -267,15 +267,11 @@ def check_budget(plan: Plan) -> None:
 def describe_inputs(plan: Plan) -> dict[str, Any]:
     """Name, hash and fingerprint of everything that went in."""
     models = {"new_base": plan.source} | ({"old_base": plan.old} if plan.old else {})
-    described: dict[str, Any] = {
-        role: {"name": source.path.name, "fingerprint": fingerprint(source), "sha256": hashes(source.files)}
-        for role, source in models.items()
-    }
-    described["patches"] = [
+    patches = [
         {"name": patch.path.name, "kind": patch.kind, "scale": patch.scale, "sha256": hashes(patch.files)}
         for patch in plan.patches
     ]
-    return described
+    return {**described(models), "patches": patches}
 
 
 def make_receipt(

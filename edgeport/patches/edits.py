@@ -1,4 +1,4 @@
-"""What a patch can do to a weight: add a product of two factors, or put values in the place of its own."""
+"""What a patch can do to a weight: add a product of two factors or a matrix, or put values in the place of its own."""
 
 from __future__ import annotations
 
@@ -60,6 +60,34 @@ class LowRank:
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = factor(self.down), factor(self.up, self.arrangement)
         return (down.T * self.scaling, up.T) if self.transposed else (up * self.scaling, down)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A whole matrix that is added, in rows; beyond the base's own rows it stands for itself."""
+
+    target: str
+    shape: tuple[int, ...]
+    value: Stored
+    scale: float
+    tied: bool
+    semantics: str = "delta"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value.name,)
+
+    @property
+    def held_bytes(self) -> int:
+        return 0  # its rows are read block by block
+
+    def load(self, device: str) -> Applied:
+        columns = self.shape[-1]
+
+        def apply(rows: range, matrix: Tensor) -> Tensor:
+            return matrix + stored_rows(self.value, rows, columns).to(device) * self.scale
+
+        return apply
 
 
 class OfValues:

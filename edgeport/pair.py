@@ -1,0 +1,96 @@
+"""Two models of one architecture side by side: which weight is which, and their numbers a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+from typing import TYPE_CHECKING
+
+from edgeport.blocks import decode_rows, ranges
+from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, TargetMissing, about
+from edgeport.patches.names import resolve
+from edgeport.seams import Source
+from edgeport.tensor import EMBEDDING, HEAD, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """One weight as two models have it, under the old one's name. `new` may have more rows: a grown vocabulary."""
+
+    name: str
+    old: Weight
+    new: Weight
+
+    @property
+    def granule(self) -> int:
+        """Rows that neither side's format or arrangement lets apart."""
+        return min(lcm(self.old.row_granule, self.new.row_granule), self.new.rows) or 1
+
+    @property
+    def grown(self) -> bool:
+        return self.old.shape != self.new.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.old.nbytes + self.new.nbytes
+
+
+def matched(old: Source, new: Source) -> list[Both]:
+    """Every weight of either model beside the other's, in the old one's order; a tied head is the embedding.
+
+    Raises TargetMissing, MissingTensor, ShapeMismatch where they are not of one architecture and size.
+    """
+    found: dict[str, Both] = {}
+    for name, weight in new.weights.items():
+        known = resolve(name, old.weights) or (HEAD if name == HEAD and EMBEDDING in old.weights else None)
+        if known is None:
+            raise TargetMissing(f"{new.path.name} has {name}, which {old.path.name} does not; they are not of one architecture")
+        found[known] = paired(known, stored(old, known), weight)
+    for name, weight in old.weights.items():
+        if name == HEAD and name not in found and EMBEDDING in new.weights:
+            found[name] = paired(name, weight, stored(new, HEAD))
+        elif name not in found:
+            raise MissingTensor(f"{old.path.name} has {name}, which {new.path.name} does not; they are not of one architecture")
+    return [found[name] for name in dict.fromkeys([*old.weights, *found])]
+
+
+def stored(source: Source, name: str) -> Weight:
+    """The weight of that name, or the embedding that a tied head is."""
+    return source.weights[name] if name in source.weights else source.weights[EMBEDDING].named(name)
+
+
+def paired(name: str, old: Weight, new: Weight) -> Both:
+    grown = name in (EMBEDDING, HEAD) and old.shape[1:] == new.shape[1:] and old.shape[0] < new.shape[0]
+    if old.shape != new.shape and not grown:
+        with about(name):
+            raise ShapeMismatch(
+                f"it has shape {list(old.shape)} in one model and {list(new.shape)} in the other; "
+                "both must be of the same architecture and size"
+            )
+    return Both(name, old, new)
+
+
+def blocks(both: Both, old: Source, new: Source, rows: int) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Rows, and float32 old and new values of them, at most `rows` at a time; zeros where only the new one has rows.
+
+    Raises NonFiniteResult.
+    """
+    for block in ranges(both.new, rows, both.granule):
+        yield block, *block_of(both, old, new, block)
+
+
+def block_of(both: Both, old: Source, new: Source, rows: range) -> tuple[Tensor, Tensor]:
+    """float32 old and new values of some rows, whole granules. Raises NonFiniteResult."""
+    import torch
+
+    known = range(min(rows.start, both.old.rows), min(rows.stop, both.old.rows))
+    before, after = decode_rows(old, both.old, known), decode_rows(new, both.new, rows)
+    for source, values in ((old, before), (new, after)):
+        if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
+            raise NonFiniteResult(f"{source.path.name} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+    missing = len(rows) - len(known)
+    return torch.cat([before, before.new_zeros(missing, before.shape[1])]) if missing else before, after
