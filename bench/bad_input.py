@@ -161,6 +161,16 @@ def tuned() -> dict[str, Array]:
     return {name: values + 0.1 * noise(values.shape, 9) for name, values in weights().items()}
 
 
+def other() -> dict[str, Array]:
+    """Tensors that have nothing in common with the base's."""
+    return {name: noise(shape, seed) for seed, (name, shape) in enumerate(SHAPES.items(), 100)}
+
+
+def diagnose(folder: Path, old: Tensors | None = None) -> list[str]:
+    before = model(folder, "old", old)
+    return ["diagnose", "--patch", str(patch(folder)), "--new-base", str(model(folder)), "--old-base", str(before)]
+
+
 def dense(folder: Path, tensors: Tensors, record: str | None = None) -> Path:
     """What `extract --full` writes."""
     path = _empty(folder / "patch")
@@ -586,6 +596,11 @@ CASES: dict[str, Case] = {
     "differences, none": Case(lambda f: port(f, None, dense(f, {})), "holds no tensors"),
     "differences, a record of another kind": Case(
         lambda f: port(f, None, dense(f, {NORM: noise((HIDDEN,), 1)}, '{"grown": [1]}')), "holds no numbers of rows"),
+    "new base that does not come from the old one": Case(
+        lambda f: port(f, None, None, "--old-base", str(model(f, "old", other()))), "does not come from the old base", 3),
+    "diagnose, a model in place of the patch": Case(
+        lambda f: ["diagnose", "--patch", str(model(f, "tuned")), "--new-base", str(model(f))], "is a whole model, not a patch"),
+    "diagnose, NaN in the old base": Case(lambda f: diagnose(f, old=spoiled(Q_WEIGHT, np.nan, weights())), "old holds NaN"),
     # extract
     "extract, --rank 0": Case(extract("--rank", "0"), "--rank 0 is no rank", 2),
     "extract, --energy above 1": Case(extract("--energy", "99"), "--energy 99.0 is no share", 2),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeport.api import compare as compare
+    from edgeport.api import diagnose as diagnose
     from edgeport.api import export as export
     from edgeport.api import extract as extract
     from edgeport.api import formats as formats
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"), "edgeport.api"),
+    **dict.fromkeys(("compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"), "edgeport.api"),
     "EdgeportError": "edgeport.errors",
 }
 
-__all__ = ["EdgeportError", "compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
+__all__ = ["EdgeportError", "compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
 
 
 def __getattr__(name: str) -> Any:

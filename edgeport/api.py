@@ -20,6 +20,7 @@ from edgeport.seams import Patch, Source, Target
 from edgeport.steps import Limits
 
 if TYPE_CHECKING:
+    from edgeport.diagnosis import Diagnosis
     from edgeport.extraction import Extraction, ExtractionPlan
     from edgeport.probe import Comparison
 
@@ -200,6 +201,26 @@ def extract(*, progress: Progress = silent, **options: Unpack[ExtractOptions]) -
     return extractor.extract(plan_extraction(**options), progress=progress)
 
 
+def diagnose(
+    *,
+    patch: Location | Sequence[Location],
+    new_base: Location,
+    old_base: Location | None = None,
+    force: bool = False,
+    offline: bool = False,
+) -> Diagnosis:
+    """Say whether a patch will carry over: how far the new base has drifted from the old one, against what it changes."""
+    from edgeport import diagnosis
+
+    new = open_model(new_base, offline)
+    old = open_model(old_base, offline) if old_base is not None else None
+    patches = [open_patch(one, offline) for one in ([patch] if isinstance(patch, (str, Path)) else patch)]
+    if old is not None and not force:
+        for one in patches:
+            check_base(one, old)
+    return diagnosis.diagnose(new, patches, old)
+
+
 def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
     """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
     return verify_hashes(Path(output))
@@ -265,4 +286,4 @@ def inspect(path: Location, *, offline: bool = False) -> dict[str, Any]:
     return describe(path, offline)
 
 
-__all__ = ["Options", "compare", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
+__all__ = ["Options", "compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"]

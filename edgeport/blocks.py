@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SAMPLED_ROWS, PLACES = 64, 4
+"""Rows that stand for a weight where all of them would take too long, and the places they come from."""
+
+
 class Readable(Protocol):
     """A `Source`, or an output that is being written."""
 
@@ -29,6 +33,16 @@ def ranges(weight: Weight, rows: int, granule: int = 1) -> Iterator[range]:
     for index in range(blocks):
         start, stop = (granules * edge // blocks * granule for edge in (index, index + 1))
         yield range(start, min(stop, weight.rows))
+
+
+def sampled(rows: int, granule: int) -> Iterator[range]:
+    """SAMPLED_ROWS of the rows at PLACES spread over them; whole granules, if they are larger."""
+    granules = max(rows // granule, 1)
+    each = max(SAMPLED_ROWS // PLACES // granule, 1)
+    count = max(min(PLACES, granules // each), 1)
+    for place in range(count):
+        start = place * (granules - each) // max(count - 1, 1) * granule if count > 1 else 0
+        yield range(start, min(start + each * granule, rows))
 
 
 def decode_rows(source: Readable, weight: Weight, rows: range, device: str = "cpu") -> Tensor:

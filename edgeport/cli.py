@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeport import __version__, api
-from edgeport.errors import EdgeportError, MissingExtra, UnknownName, VerificationFailed
+from edgeport.errors import EdgeportError, MissingExtra, NotPortable, UnknownName, VerificationFailed
+from edgeport.gate import REFUSED
 from edgeport.options import (
     Asymmetric,
     BlockSize,
@@ -32,12 +33,14 @@ from edgeport.options import (
     MaxRam,
     MaxSize,
     MaxVram,
+    NewBase,
     NoProgress,
     Offline,
     OldBase,
     Output,
     OutputType,
     Overwrite,
+    Patches,
     Portable,
     Probe,
     Promote,
@@ -56,7 +59,15 @@ from edgeport.options import (
     Verbose,
 )  # fmt: skip
 from edgeport.report import bar, say, table
-from edgeport.texts import changes_text, extraction_plan_text, extraction_text, plan_text, receipt_text, weights_text
+from edgeport.texts import (
+    changes_text,
+    diagnosis_text,
+    extraction_plan_text,
+    extraction_text,
+    plan_text,
+    receipt_text,
+    weights_text,
+)
 
 if TYPE_CHECKING:
     from edgeport.planning import Plan
@@ -118,8 +129,8 @@ def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool,
 
 @app.command()
 def port(
-    patch: Annotated[list[str], typer.Option("--patch", help="A PEFT adapter folder, P or P:SCALE; repeats.")],
-    new_base: Annotated[str, typer.Option("--new-base", help="The evolved base: folder, .gguf file or hub name.")],
+    patch: Patches,
+    new_base: NewBase,
     output: Output,
     old_base: OldBase = None,
     to: To = "hf",
@@ -243,6 +254,23 @@ def extract(
             say(changes_text(done))
         if as_json or not quiet:
             emit(done.to_json(), as_json, extraction_text(done))
+
+
+@app.command()
+def diagnose(
+    patch: Patches,
+    new_base: NewBase,
+    old_base: OldBase = None,
+    force: Annotated[bool, typer.Option("--force", help="Take an old base that is not the one the patch names.")] = False,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a patch will carry over: per-layer drift of the base against the patch, and the gate's verdict."""
+    with mistakes():
+        found = api.diagnose(patch=list(patch), new_base=new_base, old_base=old_base, force=force, offline=offline)
+        emit(found.to_json(), as_json, diagnosis_text(found))
+        if found.verdict.verdict == REFUSED:
+            raise typer.Exit(NotPortable.exit_code)
 
 
 @app.command()

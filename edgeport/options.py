@@ -52,3 +52,5 @@ Rank = Annotated[int | None, typer.Option(help="Directions that are kept of ever
 Energy = Annotated[float | None, typer.Option(help="Keep the fewest directions that hold this share of each change, as 0.99.")]
 Full = Annotated[bool, typer.Option("--full", help="Keep the exact difference, as a patch of edgeport's own.")]
 OldBase = Annotated[str | None, typer.Option("--old-base", help="The base that the patch was made on.")]
+Patches = Annotated[list[str], typer.Option("--patch", help="A PEFT adapter folder or another patch, P or P:SCALE; repeats.")]
+NewBase = Annotated[str, typer.Option("--new-base", help="The evolved base: folder, .gguf file or hub name.")]

@@ -83,6 +83,8 @@ class Plan:
     """On disk while the output is made."""
     rule: Rule
     adapter: Adapter | None = None
+    made_on: Source | None = None
+    """The old base, also where the semantics leave it out."""
 
     @property
     def bytes_in(self) -> int:
@@ -159,7 +161,7 @@ def make_plan(
         lookup(roundings(), method.rounding, "rounding")
     if method.calibration is not None:
         check_text(method.calibration)
-    old = None if method.semantics == OPERATOR else old
+    made_on, old = old, None if method.semantics == OPERATOR else old
     edits = collect_edits(source, patches, old)
     patched = with_ties(source, edits)
     check_semantics(patched, method)
@@ -194,7 +196,7 @@ def make_plan(
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on(work), *sink.notes, *notes_on_rounding(steps, hindrance)),
-        probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter,
+        probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, made_on=made_on,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgeport.blocks import as_tensor, read_parts
+from edgeport.blocks import as_tensor, read_parts, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, about
 from edgeport.memory import in_words
 from edgeport.planning import Plan
@@ -21,8 +21,6 @@ from edgeport.steps import Step, rounding_of
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
-SAMPLED_ROWS, PLACES = 64, 4
-"""Rows of a weight that are tried, at so many places; whole granules, if they are larger."""
 ALIGNMENT = 32
 """Bytes to which a container may pad a tensor."""
 
@@ -102,18 +100,7 @@ def error(step: Step, plan: Plan) -> float:
     applied = [edit.load("cpu") for edit in step.edits]
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
-    for rows in sampled(step):
+    for rows in sampled(step.origin.rows, step.granule):
         parts = {role: as_tensor(data) for role, data in read_parts(plan.source, step.origin, rows).items()}
         compute(step, rows, parts, applied, importance, None, survival)
     return survival.noise()
-
-
-def sampled(step: Step) -> Iterator[range]:
-    """Some whole granules of rows, spread over those that the base has."""
-    granules = max(step.origin.rows // step.granule, 1)
-    each = max(SAMPLED_ROWS // PLACES // step.granule, 1)
-    count = max(min(PLACES, granules // each), 1)
-    for place in range(count):
-        first = place * (granules - each) // max(count - 1, 1) if count > 1 else 0
-        start = first * step.granule
-        yield range(start, min(start + each * step.granule, step.origin.rows))

@@ -17,6 +17,7 @@ from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ran
 from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
+from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded
 from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
@@ -42,9 +43,7 @@ LEAST_RETENTION = 0.5
 PROBE_ROWS = 32
 NEAR_GRID = 0.125
 """Steps from the grid, on average, below which nearest rounding would undo a small change."""
-GATE = {"verdict": "not assessed", "reason": "the port adds the patch as it is; shapes and names agree"}
 INSTEAD = "write a finer format (--quant Q8_0 or bf16), --sidecar, or --force to write it all the same"
-FORCED = {"verdict": "forced", "reason": "--force: neither the old base's fingerprint nor the patch's survival was insisted on"}
 
 
 def silent(weight: str, nbytes: int) -> None:
@@ -58,14 +57,15 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
     return_freed_blocks()
     began = time.perf_counter()
     with torch.no_grad(), Activations(plan, lambda text: progress(text, 0)) as activations:
+        verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         activations.collect(steps)
-        return stream(plan, steps, activations, began, progress=progress, force=force, command=command)
+        return stream(plan, steps, activations, verdict, began, progress=progress, force=force, command=command)
 
 
 def stream(
-    plan: Plan, steps: Sequence[Step], activations: Activations, began: float, *, progress: Progress, force: bool,
-    command: Sequence[str],
+    plan: Plan, steps: Sequence[Step], activations: Activations, verdict: Verdict, began: float, *, progress: Progress,
+    force: bool, command: Sequence[str],
 ) -> Receipt:  # fmt: skip
     """The loop itself: what the memory bound is about."""
     with metered() as meter, ThreadPoolExecutor(1) as hasher:
@@ -87,7 +87,7 @@ def stream(
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
-            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), force, activations)
+            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), verdict, activations)
             if not force:
                 refuse_erased(receipt)
             receipt = probed(plan, receipt, staging.folder, progress)
@@ -275,7 +275,7 @@ def describe_inputs(plan: Plan) -> dict[str, Any]:
 
 
 def make_receipt(
-    plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, force: bool,
+    plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, verdict: Verdict,
     activations: Activations,
 ) -> Receipt:
     unable = f"no text was run through the model to guide the rounding: {activations.unable}"
@@ -285,7 +285,7 @@ def make_receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
-        method=plan.method.to_json(), gate=FORCED if force else GATE, notes=notes,
+        method=plan.method.to_json(), gate=verdict.to_json(), notes=notes,
         adapter=plan.adapter.to_json() if plan.adapter else None,
     )  # fmt: skip
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgeport.gate import WARN
 from edgeport.memory import in_words
 from edgeport.report import table
 
 if TYPE_CHECKING:
+    from edgeport.diagnosis import Diagnosis
     from edgeport.effect import Effect
     from edgeport.extraction import Extraction, ExtractionPlan
     from edgeport.manifest import Receipt
@@ -36,6 +38,8 @@ def receipt_text(receipt: Receipt) -> str:
         ["peak RAM", f"{in_words(receipt.peak_ram_bytes)} ({in_words(receipt.peak_above_import_bytes)} above import)"],
     ]
     if receipt.coverage["tensors"]:
+        gate = facts["gate"]
+        rows.append(["gate", gate["verdict"] + f": {gate['reason']}" * (gate["verdict"] == WARN)])
         rows.append(["patch tensors", f"{receipt.coverage['consumed']} of {receipt.coverage['tensors']} merged"])
     if promoted := receipt.method.get("promoted"):
         names = f"{', '.join(list(promoted)[:3])}{' ...' if len(promoted) > 3 else ''}"
@@ -107,3 +111,18 @@ def changes_text(done: Extraction) -> str:
         [fact.weight, fact.form, str(fact.rank or "-"), f"{fact.change:.4f}", f"{fact.energy:.4f}"] for fact in done.changed
     ]
     return table(["weight", "form", "rank", "change", "kept"], rows)
+
+
+FIGURES = ("change", "drift", "cosine", "inside", "along")
+
+
+def diagnosis_text(found: Diagnosis) -> str:
+    """A line for each layer, one for all, and the verdict."""
+    facts = found.to_json()
+    lines = {**facts["layers"], "all": facts["all"]} if found.weights else {}
+    rows = [[name, *("-" if line[key] is None else f"{line[key]:.4f}" for key in FIGURES)] for name, line in lines.items()]
+    text = table(["patched weights of", *FIGURES], rows) + "\n\n" if rows else ""
+    if facts["survival"]:
+        kept = facts["survival"]
+        text += f"kept by the new base's own number format: {kept['mean']:.1%} of the patch on average, least {kept['min']:.1%}\n"
+    return f"{text}{found.verdict.verdict}: {found.verdict.reason}"

@@ -344,7 +344,7 @@ def test_keep_format_is_the_default_said_aloud(tmp_path: Path) -> None:
 
 def test_semantics(tmp_path: Path) -> None:
     """A whole value in the patch: its difference to the old base, or itself."""
-    old, new = model(tmp_path, "old"), model(tmp_path, "new", {name: values + 1 for name, values in weights().items()})
+    old, new = model(tmp_path, "old"), model(tmp_path, "new", weights() | {NORM: weights()[NORM] + 1})
     given = patch(tmp_path, factors() | {f"base_model.model.{NORM}": np.full(HIDDEN, 3, np.float32)})
     found = {}
     for name, more in {

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import edgeport
+from edgeport.blocks import SAMPLED_ROWS, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, UnknownName
-from edgeport.promotion import SAMPLED_ROWS, Choice, affordable, sampled
+from edgeport.promotion import Choice, affordable
 from tests.conftest import TinyLlama
 from tests.test_adapter import WORDS, apart, llama_logits, save_patch
 
@@ -89,10 +90,11 @@ def test_the_sample_lies_in_whole_granules_all_over(base: Path, patch: Path, tmp
     plan = edgeport.plan(patch=patch, new_base=base, output=tmp_path / "out.gguf", to="gguf", quant="Q4_0")
     for step in plan.steps:
         if step.edits:
-            rows = np.concatenate([list(some) for some in sampled(step)])
+            blocks = list(sampled(step.origin.rows, step.granule))
+            rows = np.concatenate(blocks)
             assert len(set(rows.tolist())) == len(rows) <= max(SAMPLED_ROWS, 4 * step.granule)
             assert len(rows) >= min(SAMPLED_ROWS, step.origin.rows)
-            assert all(some.start % step.granule == 0 for some in sampled(step)) and rows.max() < step.origin.rows
+            assert all(some.start % step.granule == 0 for some in blocks) and rows.max() < step.origin.rows
             assert rows.min() == 0 and rows.max() >= step.origin.rows - step.granule
 
 

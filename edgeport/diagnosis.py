@@ -1,0 +1,96 @@
+"""What `edgeport diagnose` tells: will a patch carry over onto a new base?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeport.blocks import as_tensor, read_parts, sampled
+from edgeport.drift import Item, Sums, compared
+from edgeport.errors import ShapeMismatch, TargetMissing, about
+from edgeport.gate import REFUSED, UNKNOWN, WITHOUT_OLD, Verdict, judge, vocabulary_notes
+from edgeport.planning import collect_edits, final_shape, with_ties
+from edgeport.registry import codec
+from edgeport.run import compute
+from edgeport.seams import Patch, Source
+from edgeport.steps import Allowed, Rule, cut
+from edgeport.survival import Survival
+
+LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What `edgeport diagnose` finds."""
+
+    patches: tuple[str, ...]
+    new_base: str
+    old_base: str | None
+    verdict: Verdict
+    weights: Mapping[str, Sums]
+    """Of the weights that the patches change."""
+    survival: Mapping[str, float]
+    """Of those of them that are quantized, on a sample of rows: the share of the patch that their format keeps."""
+
+    @property
+    def layers(self) -> dict[str, Sums]:
+        found: dict[str, Sums] = {}
+        for name, sums in self.weights.items():
+            match = LAYER.match(name)
+            layer = match[1] if match else name
+            found[layer] = found.get(layer, Sums()) + sums
+        return dict(sorted(found.items(), key=lambda item: [int(word) if word.isdigit() else -1 for word in item[0].split(".")]))
+
+    def to_json(self) -> dict[str, Any]:
+        kept = self.survival
+        return {
+            "verdict": self.verdict.verdict, "reason": self.verdict.reason, "patches": list(self.patches),
+            "new_base": self.new_base, "old_base": self.old_base, "patched": len(self.weights),
+            "all": sum(self.weights.values(), Sums()).figures(),
+            "survival": {"mean": sum(kept.values()) / len(kept), "min": min(kept.values())} if kept else None,
+            "layers": {name: sums.figures() for name, sums in self.layers.items()},
+            "weights": {name: {**sums.figures(), "kept": kept.get(name)} for name, sums in self.weights.items()},
+        }  # fmt: skip
+
+
+def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagnosis:
+    """Compare every row of every patched weight. A patch that does not fit the new base is a verdict, not an error.
+
+    Raises what makes a file unreadable, and UnsupportedPatch.
+    """
+    import torch
+
+    def told(verdict: Verdict, weights: Mapping[str, Sums], kept: Mapping[str, float]) -> Diagnosis:
+        names = tuple(patch.path.name for patch in patches)
+        return Diagnosis(names, new.path.name, old.path.name if old else None, verdict, weights, kept)
+
+    try:
+        work = with_ties(new, collect_edits(new, patches, old))
+        items = [(name, weight, edits) for name, weight, edits in work if edits]
+        with torch.no_grad():
+            found = dict(compared(new, old, items, whole=True))
+            kept = {item[0]: share for item in items if (share := survival(new, item)) is not None}
+    except (TargetMissing, ShapeMismatch) as error:
+        return told(Verdict(REFUSED, str(error)), {}, {})
+    verdict = judge(found, items, vocabulary_notes(new, old)) if old else Verdict(UNKNOWN, WITHOUT_OLD)
+    return told(verdict, found, kept)
+
+
+def survival(new: Source, item: Item) -> float | None:
+    """The share of the patch that is left when some rows are stored as the new base stores them, without any calibration.
+
+    None where that is no quantized format, or one that is not written.
+    """
+    name, weight, edits = item
+    written = codec(weight.codec).formats[weight.format] in ("rw", "rp")
+    if weight.codec == "plain" or not written or final_shape(weight, edits) != weight.shape:
+        return None
+    with about(name):
+        step = cut(weight, weight, tuple(edits), Allowed(), Rule())
+        applied, found = [edit.load("cpu") for edit in edits], Survival()
+        for rows in sampled(weight.rows, step.granule):
+            parts = {role: as_tensor(data) for role, data in read_parts(new, weight, rows).items()}
+            compute(step, rows, parts, applied, None, None, found)
+    return found.figures()[1]

@@ -1,0 +1,131 @@
+"""How far a new base has moved from the old one, against what a patch changes: sums over rows of weights.
+
+W_old is the base that the patch was made on, W the new one, E = W - W_old the drift, D the patch's change of W:
+
+    change   |D| / |W|          drift   |E| / |W_old|          cosine   <W, W_old> / |W| |W_old|
+    inside   |E V| / |D|, V an orthonormal basis of the directions that a low-rank patch reads: the drift that it meets
+    along    <E, D> / |D|^2: 1 where the new base has the patch already, -1 where it has moved the other way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from edgeport.blocks import decode_rows, ranges, sampled
+from edgeport.errors import ShapeMismatch, TargetMissing, about
+from edgeport.memory import trim_heap
+from edgeport.pair import Both, block_of, stored
+from edgeport.patches.names import resolve
+from edgeport.seams import Edit, LowRankEdit, Source
+from edgeport.steps import BLOCK_ELEMENTS
+from edgeport.survival import inner
+from edgeport.tensor import EMBEDDING, HEAD, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Item = tuple[str, Weight, Sequence[Edit]]
+"""Of a weight that is looked at: its name, how the new base stores it, and the patches' edits of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over all numbers that were looked at; the figures of the module's docstring are their ratios."""
+
+    old: float = 0.0
+    new: float = 0.0
+    product: float = 0.0
+    drift: float = 0.0
+    patch: float = 0.0
+    met: float = 0.0
+    """|E V|^2"""
+    reading: float = 0.0
+    """|D|^2 of the weights that have a V."""
+    crossing: float = 0.0
+    """<E, D>"""
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def figures(self) -> dict[str, float | None]:
+        return {
+            "change": ratio(sqrt(self.patch), sqrt(self.new)), "drift": ratio(sqrt(self.drift), sqrt(self.old)),
+            "cosine": ratio(self.product, sqrt(self.old * self.new)), "inside": ratio(sqrt(self.met), sqrt(self.reading)),
+            "along": ratio(self.crossing, self.patch),
+        }  # fmt: skip
+
+
+def ratio(above: float, below: float) -> float | None:
+    return round(above / below, 6) if below else None
+
+
+def compared(new: Source, old: Source | None, items: Iterable[Item], whole: bool) -> Iterator[tuple[str, Sums]]:
+    """The sums of each item, over all its rows or over a sample; without the old base, of change alone.
+
+    Raises TargetMissing, ShapeMismatch, NonFiniteResult.
+    """
+    for name, weight, edits in items:
+        with about(name):
+            yield name, sums_of(name, weight, new, old, edits, whole)
+        trim_heap()
+
+
+def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: Sequence[Edit], whole: bool) -> Sums:
+    """Over the rows that both bases have."""
+    both = Both(name, in_old(name, weight, new, old) if old else weight, weight)
+    common, columns, granule = min(both.old.rows, weight.rows), max(weight.columns, 1), both.granule
+    size = max(BLOCK_ELEMENTS // columns // granule, 1) * granule
+    applied, basis, total = [edit.load("cpu") for edit in edits], read_directions(edits), Sums()
+    for rows in ranges(weight, size, granule) if whole else sampled(common, granule):
+        rows = range(rows.start, min(rows.stop, common))
+        if rows:
+            before, after = block_of(both, old, new, rows) if old else (None, decode_rows(new, weight, rows))
+            exact = after
+            for apply in applied:
+                exact = apply(rows, exact)
+            total += of_block(before, after, exact - after, basis)
+    return total
+
+
+def of_block(before: Tensor | None, after: Tensor, patch: Tensor, basis: Tensor | None) -> Sums:
+    changed = square(patch)
+    if before is None:
+        return Sums(new=square(after), patch=changed)
+    drift = after - before
+    met, reading = (0.0, 0.0) if basis is None else (square(drift @ basis), changed)
+    return Sums(
+        square(before), square(after), float(inner(before, after)), square(drift), changed, met, reading,
+        float(inner(drift, patch)),
+    )  # fmt: skip
+
+
+def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
+    """The old base's weight of that name. Raises TargetMissing, ShapeMismatch."""
+    known = resolve(name, old.weights) or (HEAD if name == HEAD and EMBEDDING in old.weights else None)
+    if known is None:
+        raise TargetMissing(f"{new.path.name} has it and {old.path.name} does not; they are not of one architecture")
+    before = stored(old, known)
+    if before.shape[1:] != weight.shape[1:] or (before.shape != weight.shape and name not in (EMBEDDING, HEAD)):
+        raise ShapeMismatch(
+            f"it has shape {list(before.shape)} in {old.path.name} and {list(weight.shape)} in {new.path.name}; "
+            "both must be of the same architecture and size"
+        )
+    return before
+
+
+def square(values: Tensor) -> float:
+    return float(inner(values, values))
+
+
+def read_directions(edits: Sequence[Edit]) -> Tensor | None:
+    """float32 [columns, rank], orthonormal: the input directions that all edits together read; None where one reads all."""
+    import torch
+
+    downs = [edit.factors()[1] for edit in edits if isinstance(edit, LowRankEdit)]
+    if not downs or len(downs) < len(edits):
+        return None
+    basis: Tensor = torch.linalg.qr(torch.cat(downs).T).Q
+    return basis
