@@ -178,6 +178,13 @@ def dense(folder: Path, tensors: Tensors, record: str | None = None) -> Path:
     return path if record is None else _with(path, "edgeport.json", record)
 
 
+def stale(folder: Path, journal: str) -> list[str]:
+    """A port to where another was interrupted."""
+    _empty(folder / ".out.partial")
+    (folder / ".out.journal").write_text(journal)
+    return port(folder, None, None, "--resume")
+
+
 def written(folder: Path) -> Path:
     """A finished output, and only it."""
     done = run(port(folder))
@@ -658,6 +665,8 @@ CASES: dict[str, Case] = {
     "--tensor-type of an unknown type": Case(
         to_gguf("--quant", "Q8_0", "--tensor-type", "attn=Q9_0"), "no ggml type is called 'Q9_0'", 2),
     "--tensor-type for hf": Case(with_flags("--tensor-type", "attn=Q8_0"), "are for --to gguf"),
+    "--resume of a run of other inputs": Case(
+        lambda f: stale(f, '{"inputs": {"/elsewhere": [1, 2]}}'), "had other inputs; leave off --resume"),
     "--device unknown": Case(with_flags("--device", "tpu"), "not one of auto, cpu, cuda", 2),
     "option unknown": Case(with_flags("--quantum"), "No such option", 2),
     "verb unknown": Case(lambda f: ["prot"], "No such command", 2),

@@ -161,17 +161,20 @@ def port(
     patch: Location | Sequence[Location],
     old_base: Location | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Progress = silent,
     **options: Unpack[PortOptions],
 ) -> Receipt:
-    """Add patches to an evolved base and write the result."""
+    """Add patches to an evolved base and write the result. `resume`: go on where an interrupted port has stopped."""
     decided = plan(new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, **options)
-    return run(decided, progress=progress, force=force)
+    return run(decided, progress=progress, force=force, resume=resume)
 
 
-def export(*, model: Location, output: Location, progress: Progress = silent, **options: Unpack[Options]) -> Receipt:
+def export(
+    *, model: Location, output: Location, resume: bool = False, progress: Progress = silent, **options: Unpack[Options]
+) -> Receipt:
     """Write a model in another container or precision: the same stream without a patch."""
-    return run(plan(new_base=model, output=output, **options), progress=progress)
+    return run(plan(new_base=model, output=output, **options), progress=progress, resume=resume)
 
 
 def plan_extraction(

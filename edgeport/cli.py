@@ -49,6 +49,7 @@ from edgeport.options import (
     Quiet,
     Rank,
     Residual,
+    Resume,
     Rounding,
     Seed,
     Semantics,
@@ -108,7 +109,9 @@ def pairs(types: list[str] | None) -> list[tuple[str, str]]:
     return [(pattern, kind) for pattern, _, kind in split]
 
 
-def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool, quiet: bool, verbose: bool) -> None:
+def carry_out(
+    plan: Plan, dry_run: bool, as_json: bool, force: bool, resume: bool, show: bool, quiet: bool, verbose: bool
+) -> None:
     """Print the plan, or run it and print the receipt."""
     from edgeport.run import run
 
@@ -118,7 +121,7 @@ def carry_out(plan: Plan, dry_run: bool, as_json: bool, force: bool, show: bool,
     for note in plan.notes:
         say(f"note: {note}", quiet)
     with bar(plan.bytes_in, show and not quiet) as progress:
-        receipt = run(plan, progress=progress, force=force, command=["edgeport", *sys.argv[1:]])
+        receipt = run(plan, progress=progress, force=force, resume=resume, command=["edgeport", *sys.argv[1:]])
     for note in receipt.notes[len(plan.notes) :]:
         say(f"note: {note}", quiet)
     if verbose:
@@ -158,6 +161,7 @@ def port(
     max_vram: MaxVram = None,
     device: Device = "auto",
     dry_run: DryRun = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     force: Force = False,
     offline: Offline = False,
@@ -177,7 +181,7 @@ def port(
             semantics=semantics, promote=promote, max_size=max_size,
             block_size=block_size, asymmetric=asymmetric, portable=portable, execution_provider=execution_provider,
         )  # fmt: skip
-        carry_out(plan, dry_run, as_json, force, not no_progress, quiet, verbose)
+        carry_out(plan, dry_run, as_json, force, resume, not no_progress, quiet, verbose)
 
 
 @app.command()
@@ -199,6 +203,7 @@ def export(
     max_vram: MaxVram = None,
     device: Device = "auto",
     dry_run: DryRun = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     offline: Offline = False,
     no_progress: NoProgress = False,
@@ -215,7 +220,7 @@ def export(
             overwrite=overwrite, offline=offline, block_size=block_size, asymmetric=asymmetric, portable=portable,
             execution_provider=execution_provider,
         )  # fmt: skip
-        carry_out(plan, dry_run, as_json, False, not no_progress, quiet, verbose)
+        carry_out(plan, dry_run, as_json, False, resume, not no_progress, quiet, verbose)
 
 
 @app.command()

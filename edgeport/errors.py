@@ -6,7 +6,8 @@ EdgeportError                     for users: one sentence, the CLI prints it and
 |                                 NonFiniteResult, PatchLost
 |-- CodecError                    BlockMismatch, DecodeOnly, AmbiguousFormat
 |-- ConvertError                  UnsupportedArchitecture, UnmappedTensor
-|-- OutputError                   OutputExists, IncompleteOutput, VerificationFailed, NotEnoughDisk, BudgetTooSmall
+|-- OutputError                   OutputExists, IncompleteOutput, VerificationFailed, NotResumable, NotEnoughDisk,
+|                                 BudgetTooSmall
 `-- UnknownName                   a registry miss: the nearest match and the known names
 PlanViolation(RuntimeError)       a converter wrote what it had not planned: a bug of ours, with its traceback
 MissingExtra(ImportError)         an optional package is absent: the sentence says what to install
@@ -125,6 +126,10 @@ class IncompleteOutput(OutputError):
 
 class VerificationFailed(OutputError):
     """An output differs from its manifest or from its reference."""
+
+
+class NotResumable(OutputError):
+    """An interrupted run was of other inputs, or was told otherwise."""
 
 
 class NotEnoughDisk(OutputError):

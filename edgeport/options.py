@@ -43,6 +43,8 @@ Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HEL
 Calibration = Annotated[Path | None, typer.Option(help="A text in UTF-8 for the probe (default: edgeport's own).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+RESUME_HELP = "Go on where an interrupted run has stopped, and be resumable oneself: Ctrl-C then leaves what is done."
+Resume = Annotated[bool, typer.Option("--resume", help=RESUME_HELP)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of edgeport.")]
 Force = Annotated[bool, typer.Option("--force", help="Go past the gate and the fingerprint check; recorded in the manifest.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]

@@ -366,7 +366,19 @@ def manifest_path(output: Path, folder: bool) -> Path:
     return output / MANIFEST if folder else output.with_name(f"{output.name}.{MANIFEST}")
 
 
+def staging_path(output: Path) -> Path:
+    """The folder in which an output is made. Its name is fixed, so that a killed run's leftover is found by the next."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def journal_path(output: Path) -> Path:
+    """What a run into that folder has done so far."""
+    return output.with_name(f".{output.name}.journal")
+
+
 def check_disk(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
+    """Raises NotEnoughDisk. What an interrupted run has taken is used again, or cleared away."""
+    leftover = sum(path.lstat().st_blocks * 512 for path in staging_path(output).rglob("*"))
+    free = shutil.disk_usage(output.parent).free + leftover
     if free < needed:
         raise NotEnoughDisk(f"the output takes {in_words(needed)}, and {output.parent} has {in_words(free)} free")

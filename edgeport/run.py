@@ -12,6 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeport import journal as journals
 from edgeport.beside import write_adapter
 from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ranges, read_parts
 from edgeport.calibration import Activations, sees_inputs
@@ -19,6 +20,7 @@ from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded
+from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.planning import Plan
@@ -50,8 +52,13 @@ def silent(weight: str, nbytes: int) -> None:
     """Progress for those who do not watch."""
 
 
-def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command: Sequence[str] = ()) -> Receipt:
-    """Carry out a plan. The output appears whole, or an error is raised and nothing is left."""
+def run(
+    plan: Plan, *, progress: Progress = silent, force: bool = False, resume: bool = False, command: Sequence[str] = ()
+) -> Receipt:
+    """Carry out a plan. The output appears whole, or an error is raised and nothing is left.
+
+    `resume`: go on from the journal of an interrupted run, if there is one, and leave one where this is interrupted too.
+    """
     import torch  # before the meter starts: the bound is above the imports
 
     return_freed_blocks()
@@ -59,35 +66,43 @@ def run(plan: Plan, *, progress: Progress = silent, force: bool = False, command
     with torch.no_grad(), Activations(plan, lambda text: progress(text, 0)) as activations:
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
-        activations.collect(steps)
-        return stream(plan, steps, activations, verdict, began, progress=progress, force=force, command=command)
+        journal = journals.opened(plan, steps, resume)
+        activations.collect([step for step in steps if step.target.name not in journal.done])
+        return stream(plan, steps, activations, journal, verdict, began, progress=progress, force=force, command=command)
 
 
 def stream(
-    plan: Plan, steps: Sequence[Step], activations: Activations, verdict: Verdict, began: float, *, progress: Progress,
-    force: bool, command: Sequence[str],
+    plan: Plan, steps: Sequence[Step], activations: Activations, journal: Journal, verdict: Verdict, began: float, *,
+    progress: Progress, force: bool, command: Sequence[str],
 ) -> Receipt:  # fmt: skip
     """The loop itself: what the memory bound is about."""
     with metered() as meter, ThreadPoolExecutor(1) as hasher:
         inputs = hasher.submit(describe_inputs, plan)
-        with staged(plan.target.output, plan.files, plan.sink.folder) as staging, lane_for(plan) as lane:
+        with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
+            journal.begin()
             facts = []
             for step in steps:
+                if step.target.name in journal.done:
+                    facts.append(skip(step, staging, journal, progress))
+                    continue
                 with about(step.target.name):
                     if step.copied:
                         facts.append(copy(plan, step, staging, progress))
                     else:
                         facts.append(edit(plan, step, staging, lane, activations, progress))
+                    lane.finish()
+                    journal.add(step, facts[-1], journals.digests(step, staging.read))
                 trim_heap()
                 check_budget(plan.limits)
-            lane.finish()
             if plan.adapter:
                 facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
                 check_budget(plan.limits)
             plan.sink.finish(staging.folder)
             meter.peak = peak_bytes()
             seconds = time.perf_counter() - began
-            receipt = make_receipt(plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), verdict, activations)
+            receipt = make_receipt(
+                plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), verdict, activations, journal
+            )
             if not force:
                 refuse_erased(receipt)
             receipt = probed(plan, receipt, staging.folder, progress)
@@ -106,6 +121,14 @@ def lane_for(plan: Plan) -> AbstractContextManager[Lane]:
 
 def sizes_of(weight: Weight, rows: range) -> list[int]:
     return [part.size(rows, weight.granule) for part in weight.parts.values()]
+
+
+def skip(step: Step, staging: Staging, journal: Journal, progress: Progress) -> WeightFact:
+    """Leave a weight as an interrupted run has written it."""
+    for part in step.target.parts.values():
+        staging.has(part.spec.name)
+    progress(step.target.name, step.origin.nbytes)
+    return journal.done[step.target.name]
 
 
 def copy(plan: Plan, step: Step, staging: Staging, progress: Progress) -> WeightFact:
@@ -276,10 +299,10 @@ def describe_inputs(plan: Plan) -> dict[str, Any]:
 
 def make_receipt(
     plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, verdict: Verdict,
-    activations: Activations,
+    activations: Activations, journal: Journal,
 ) -> Receipt:
     unable = f"no text was run through the model to guide the rounding: {activations.unable}"
-    notes = (*plan.notes, unable) if activations.unable else plan.notes
+    notes = (*plan.notes, *journal.notes, *(unable,) * bool(activations.unable))
     coverage: Mapping[str, int] = {"tensors": plan.patch_tensors, "consumed": plan.patch_tensors}
     return Receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,

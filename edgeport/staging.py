@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines
 from edgeport.errors import PlanViolation
-from edgeport.planning import manifest_path
+from edgeport.planning import journal_path, manifest_path, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from edgeport.journal import Journal
 
 if sys.platform == "win32":
     raise ImportError("edgeport writes by positioned writes, which Windows lacks; use WSL")
@@ -31,6 +35,10 @@ class Staging:
 
     def expect(self, tensor: str, nbytes: int) -> None:
         self.missing[tensor] = nbytes
+
+    def has(self, tensor: str) -> None:
+        """A tensor was written by the interrupted run whose files these are."""
+        self.missing[tensor] = 0
 
     def write(
         self, tensor: str, offset: int, data: memoryview | bytes | bytearray, lines: int = 1, pitch: int = 0
@@ -73,18 +81,21 @@ class Staging:
 
 
 @contextmanager
-def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterator[Staging]:
-    """Files filled in the block appear as `output` when it ends, and leave nothing behind when it fails."""
-    # the prefix is fixed, so that a killed run's leftover is found and replaced by the next
-    place = output.with_name(f".{output.name}.partial")
-    if place.exists():
+def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: Journal | None = None) -> Iterator[Staging]:
+    """Files filled in the block appear as `output` when it ends, and leave nothing behind when it fails.
+
+    With a journal that has weights in it, the files of the interrupted run are filled further.
+    """
+    place = staging_path(output)
+    if place.exists() and not (journal and journal.done):
         shutil.rmtree(place)
-    place.mkdir()
-    staging = Staging(place, {}, layouts)
+    place.mkdir(exist_ok=True)
+    sweep(place, (layout.name for layout in layouts))
+    staging, kept = Staging(place, {}, layouts), False
     try:
         for layout in layouts:
             (place / layout.name).parent.mkdir(exist_ok=True)
-            handle = os.open(place / layout.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            handle = os.open(place / layout.name, os.O_RDWR | os.O_CREAT, 0o666)
             staging.files[layout.name] = handle
             os.truncate(handle, layout.size)
             for offset, blob in layout.blobs:
@@ -96,9 +107,22 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool) -> Iterato
             raise PlanViolation(f"planned bytes were not written: {short or planned ^ set(staging.missing)}")
         staging.close()
         commit(place, output, folder)
+    except BaseException as error:
+        kept = journal is not None and journal.outlives(error)
+        raise
     finally:
         staging.close()
-        shutil.rmtree(place, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(place, ignore_errors=True)
+            journal_path(output).unlink(missing_ok=True)
+
+
+def sweep(place: Path, files: Iterable[str]) -> None:
+    """Remove what an interrupted run has put beside the files that it was to fill."""
+    keep = {place / name for name in files}
+    for path in place.rglob("*"):
+        if path.is_file() and path not in keep:
+            path.unlink()
 
 
 def commit(place: Path, output: Path, folder: bool) -> None:

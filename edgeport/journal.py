@@ -1,0 +1,154 @@
+"""The journal of a run: which weights are written, so that `--resume` goes on where an interruption has left it.
+
+Beside the files that are being filled, one JSON object a line: first what the bytes depend on, then each finished weight,
+with what the receipt tells of it and the hashes of what is stored. Nothing is synced for its sake: a weight whose bytes are
+not what the journal says is made anew. What stands in a line that was cut off has not happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeport.checkpoint import read_range
+from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable
+from edgeport.manifest import WeightFact, fingerprint, versions
+from edgeport.planning import journal_path, staging_path
+from edgeport.steps import Step
+from edgeport.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from edgeport.planning import Plan
+
+Read = Callable[[TensorSpec, int, int], bytes | bytearray]
+PIECE_BYTES = 1 << 20
+ANEW = "leave off --resume to start anew"
+
+
+@dataclass(slots=True)
+class Journal:
+    """Of one output. `done`: finished weights by name, their bytes verified."""
+
+    path: Path
+    depends: Mapping[str, Any]
+    resumed: bool
+    """Whether the user asked to go on: then an interruption leaves the journal and the files."""
+    done: dict[str, WeightFact] = field(default_factory=dict)
+    lines: Sequence[Mapping[str, Any]] = ()
+    """Of the weights that are done."""
+    notes: tuple[str, ...] = ()
+
+    def begin(self) -> None:
+        """Write what is known; what was cut off, or is not as it was, is gone then."""
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in (self.depends, *self.lines)))
+
+    def add(self, step: Step, fact: WeightFact, digests: Mapping[str, str]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests)}) + "\n")
+
+    def outlives(self, error: BaseException | None) -> bool:
+        """Whether the journal and the files are kept after such an end. A mistake of the user's would come again."""
+        return self.resumed and error is not None and not isinstance(error, EdgeportError)
+
+
+def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:
+    """The journal of an interrupted run where there is one and the user wants it; else a new one.
+
+    Raises NotResumable where the interrupted run was of other inputs, or asked for something else.
+    """
+    path, place = journal_path(plan.target.output), staging_path(plan.target.output)
+    interrupted = path.is_file() and place.is_dir()
+    depends = json.loads(json.dumps(dependencies(plan, steps)))
+    lines = list(entries(path)) if interrupted else []
+    if not resume or not lines:
+        cleared = "the files of an interrupted run were cleared away; with --resume a run goes on from there"
+        return Journal(path, depends, resume, notes=(cleared,) * interrupted)
+    check_same(lines[0], depends)
+    found = dict(verified(plan, steps, lines[1:]))
+    told = f"{len(found)} of {len(steps)} weights were written before an interruption, and are as they were"
+    return Journal(path, depends, resume, found, [line for line in lines[1:] if line["weight"] in found], (told,))
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(entry, dict):
+            return
+        yield entry
+
+
+def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
+    """What the output's bytes depend on, as far as it can be told without reading all of it."""
+    sources = [source for source in (plan.source, plan.old) if source]
+    texts = [path for path in (plan.method.calibration, plan.target.imatrix) if path]
+    files = [path for source in sources for path in source.files] + [path for patch in plan.patches for path in patch.files]
+    return {
+        "inputs": {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in [*files, *texts]},
+        "fingerprints": [fingerprint(source) for source in sources],
+        "versions": versions(),
+        "command": {
+            "method": plan.method.to_json(), "scales": [patch.scale for patch in plan.patches],
+            "steps": [[step.target.name, step.action, step.target.format, step.rounding] for step in steps],
+            "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
+        },
+    }  # fmt: skip
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises NotResumable, with what has changed."""
+    inputs = before.get("inputs")
+    if not isinstance(inputs, dict) or inputs.keys() != now["inputs"].keys():
+        raise NotResumable(f"the interrupted run had other inputs; {ANEW}")
+    changed = [name for name, facts in now["inputs"].items() if inputs[name] != facts]
+    if changed or before.get("fingerprints") != now["fingerprints"]:
+        raise NotResumable(f"{Path(changed[0]).name if changed else 'a base'} has changed since the run was interrupted; {ANEW}")
+    if before.get("versions") != now["versions"]:
+        raise NotResumable(f"the interrupted run was of other versions of edgeport or its libraries; {ANEW}")
+    if before.get("command") != now["command"]:
+        raise NotResumable(f"the interrupted run was told otherwise (another --quant, --rounding, scale ...); {ANEW}")
+
+
+def verified(plan: Plan, steps: Sequence[Step], lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, WeightFact]]:
+    """The journal's weights whose stored bytes are as it says."""
+    known = {step.target.name: step for step in steps}
+    place = staging_path(plan.target.output)
+    where = {tensor: (place / file.name, start) for file in plan.files for tensor, start in file.ranges.items()}
+    for line in lines:
+        step = known.get(str(line.get("weight")))
+        if step is None or line.get("sha256") != digests_at(step, where):
+            continue
+        fact = dict(line["fact"])
+        yield step.target.name, WeightFact(**fact | {"shape": tuple(fact["shape"])})
+
+
+def digests_at(step: Step, where: Mapping[str, tuple[Path, int]]) -> dict[str, str] | None:
+    """Hashes of a weight's stored tensors in the files of an interrupted run; None where they are not there."""
+
+    def read(spec: TensorSpec, start: int, stop: int) -> bytearray:
+        path, begin = where[spec.name]
+        return read_range(path, begin + start, begin + stop)
+
+    try:
+        return digests(step, read)
+    except (OSError, CorruptCheckpoint):
+        return None
+
+
+def digests(step: Step, read: Read) -> dict[str, str]:
+    """sha256 of each stored tensor of a weight, in small pieces. `read(spec, start, stop)` gives its bytes."""
+    found = {}
+    for part in step.target.parts.values():
+        digest = hashlib.sha256()
+        for start in range(0, part.spec.nbytes, PIECE_BYTES):
+            digest.update(read(part.spec, start, min(start + PIECE_BYTES, part.spec.nbytes)))
+        found[part.spec.name] = digest.hexdigest()
+    return found
+
