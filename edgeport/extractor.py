@@ -33,7 +33,7 @@ from edgeport.extraction import (
 )
 from edgeport.manifest import described, write_record
 from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_blocks, trim_heap
-from edgeport.pair import block_of, blocks
+from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
 from edgeport.patches.lora import CONFIG, TOKENIZER_FILES
 from edgeport.patches.lora_config import lora_config, spelled
@@ -43,6 +43,7 @@ from edgeport.registry import codec
 from edgeport.run import Progress, check_budget, silent
 from edgeport.seams import FileLayout
 from edgeport.staging import Staging, staged
+from edgeport.steps import COPY_BYTES, stored_alike
 from edgeport.survival import inner
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
@@ -141,6 +142,10 @@ def notes_on(plan: ExtractionPlan, facts: Sequence[Taken]) -> Iterator[str]:
 def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging) -> Taken:
     """Append what holds one weight's change, if it has changed."""
     both = change.both
+    if not computable(both):
+        if same_bytes(both, plan):
+            return Taken(both.name, change.form, both.new.shape)
+        raise UnsupportedPatch(f"it has changed, and {both.new.format} numbers can be copied and not computed with")
     squares, before = survey(plan, change)
     if squares == 0 and not saved_beside(both.name, file):
         return Taken(both.name, change.form, both.new.shape)
@@ -159,6 +164,22 @@ def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging)
             old, new = block_of(both, plan.old, plan.tuned, rows)
             file.put(weight, rows.start, new.sub_(old) if change.form == DIFFERENCE else new, staging)
     return Taken(both.name, change.form, both.new.shape, relative, squares=squares)
+
+
+def computable(both: Both) -> bool:
+    return all(codec(weight.codec).formats[weight.format] for weight in (both.old, both.new))
+
+
+def same_bytes(both: Both, plan: ExtractionPlan) -> bool:
+    """Of weights that are numbers of no kind that can be computed with: positions, counters."""
+    if not stored_alike(both.old, both.new):
+        return False
+    for before, after in zip(both.old.parts.values(), both.new.parts.values(), strict=True):
+        for start in range(0, after.spec.nbytes, COPY_BYTES):
+            stop = min(start + COPY_BYTES, after.spec.nbytes)
+            if plan.old.read(before.spec, start, stop) != plan.tuned.read(after.spec, start, stop):
+                return False
+    return True
 
 
 def survey(plan: ExtractionPlan, change: Change) -> tuple[float, float]:

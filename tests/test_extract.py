@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -151,6 +152,29 @@ def test_a_grown_vocabulary_comes_with_its_tokenizer(tiny_llama: TinyLlama, tmp_
         assert json.loads((again / "config.json").read_text())["vocab_size"] == 330
 
 
+def test_the_container_of_the_base_does_not_matter(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(hidden=96)
+    patch = save_patch(base, tmp_path / "patch")
+    tuned = edgeport.port(patch=patch, new_base=base, output=tmp_path / "tuned").output
+    gguf = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="f32").output
+    edgeport.extract(old_base=gguf, tuned=tuned, output=tmp_path / "out", rank=4)
+    after, found = tensors(tuned), peft_merged(base, tmp_path / "out")
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in after.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_head_that_was_untied(full: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, tuned = tiny_llama(tied=True), tiny_llama("tuned", tied=False)
+    before = tensors(base)
+    head = before[EMBEDDING] + noise(before[EMBEDDING].shape, 1, 3)
+    save_file({**before, "lm_head.weight": head}, tuned / "model.safetensors", {"format": "pt"})
+    done = edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "out", full=full)
+    assert [fact.weight for fact in done.changed] == ["lm_head.weight"]
+    again = tensors(edgeport.port(patch=tmp_path / "out", new_base=base, output=tmp_path / "again").output)
+    assert torch.equal(again[EMBEDDING], before[EMBEDDING]) and torch.allclose(again["lm_head.weight"], head, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_gives_the_tuned_model_back(dtype: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base, tuned = tiny_llama(dtype=dtype, tied=True), tiny_llama("tuned", dtype=dtype, tied=True, seed=1)
@@ -217,6 +241,21 @@ def test_the_command_line(tmp_path: Path) -> None:
         name: held for name, held in first.items() if name != "edgeport.json"
     }
     assert bad_input.run(["verify", str(out)]).code == 0
+
+
+def test_numbers_that_only_count_may_not_change(tmp_path: Path) -> None:
+    positions = {"model.positions": np.arange(8, dtype=np.int32)}
+    argv = bad_input.extract(
+        old=lambda: bad_input.weights() | positions, tuned=lambda: bad_input.tuned() | positions
+    )(tmp_path)  # fmt: skip
+    assert bad_input.run(argv).code == 0
+    assert "model.positions" not in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    header, data = bad_input.parted((tmp_path / "tuned" / "model.safetensors").read_bytes())
+    start, stop = header["model.positions"]["data_offsets"]
+    changed = data[:start] + bytes(stop - start) + data[stop:]
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(bad_input.spelled(header, changed))
+    answer = bad_input.run([*argv, "--overwrite"])
+    assert answer.code == 1 and "model.positions: it has changed, and I32 numbers can be copied" in answer.error
 
 
 def test_directions_of_a_matrix_in_blocks() -> None:
