@@ -3,7 +3,8 @@
 W_old is the base that the patch was made on, W the new one, E = W - W_old the drift, D the patch's change of W:
 
     change   |D| / |W|          drift   |E| / |W_old|          cosine   <W, W_old> / |W| |W_old|
-    inside   |E V| / |D|, V an orthonormal basis of the directions that a low-rank patch reads: the drift that it meets
+    read     |E V| / |D|, V an orthonormal basis of the input directions that a low-rank patch reads: the drift that it meets
+    written  |U^T E| / |D|, U one of the output directions that it writes; only from all rows
     along    <E, D> / |D|^2: 1 where the new base has the patch already, -1 where it has moved the other way
 """
 
@@ -40,10 +41,14 @@ class Sums:
     product: float = 0.0
     drift: float = 0.0
     patch: float = 0.0
-    met: float = 0.0
+    read: float = 0.0
     """|E V|^2"""
-    reading: float = 0.0
+    written: float = 0.0
+    """|U^T E|^2"""
+    low: float = 0.0
     """|D|^2 of the weights that have a V."""
+    wide: float = 0.0
+    """|D|^2 of those of them that all rows were seen of."""
     crossing: float = 0.0
     """<E, D>"""
 
@@ -53,8 +58,8 @@ class Sums:
     def figures(self) -> dict[str, float | None]:
         return {
             "change": ratio(sqrt(self.patch), sqrt(self.new)), "drift": ratio(sqrt(self.drift), sqrt(self.old)),
-            "cosine": ratio(self.product, sqrt(self.old * self.new)), "inside": ratio(sqrt(self.met), sqrt(self.reading)),
-            "along": ratio(self.crossing, self.patch),
+            "cosine": ratio(self.product, sqrt(self.old * self.new)), "read": ratio(sqrt(self.read), sqrt(self.low)),
+            "written": ratio(sqrt(self.written), sqrt(self.wide)), "along": ratio(self.crossing, self.patch),
         }  # fmt: skip
 
 
@@ -78,28 +83,31 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
     both = Both(name, in_old(name, weight, new, old) if old else weight, weight)
     common, columns, granule = min(both.old.rows, weight.rows), max(weight.columns, 1), both.granule
     size = max(BLOCK_ELEMENTS // columns // granule, 1) * granule
-    applied, basis, total = [edit.load("cpu") for edit in edits], read_directions(edits), Sums()
+    applied, total = [edit.load("cpu") for edit in edits], Sums()
+    directions = subspaces(edits) if old else None
+    projected: Tensor | None = None
     for rows in ranges(weight, size, granule) if whole else sampled(common, granule):
         rows = range(rows.start, min(rows.stop, common))
-        if rows:
-            before, after = block_of(both, old, new, rows) if old else (None, decode_rows(new, weight, rows))
-            exact = after
-            for apply in applied:
-                exact = apply(rows, exact)
-            total += of_block(before, after, exact - after, basis)
-    return total
-
-
-def of_block(before: Tensor | None, after: Tensor, patch: Tensor, basis: Tensor | None) -> Sums:
-    changed = square(patch)
-    if before is None:
-        return Sums(new=square(after), patch=changed)
-    drift = after - before
-    met, reading = (0.0, 0.0) if basis is None else (square(drift @ basis), changed)
-    return Sums(
-        square(before), square(after), float(inner(before, after)), square(drift), changed, met, reading,
-        float(inner(drift, patch)),
-    )  # fmt: skip
+        if not rows:
+            continue
+        before, after = block_of(both, old, new, rows) if old else (None, decode_rows(new, weight, rows))
+        exact = after
+        for apply in applied:
+            exact = apply(rows, exact)
+        patch = exact - after
+        total += Sums(new=square(after), patch=square(patch))
+        if before is None:
+            continue
+        drift = after - before
+        total += Sums(
+            old=square(before), product=float(inner(before, after)), drift=square(drift), crossing=float(inner(drift, patch))
+        )
+        if directions:
+            outputs, inputs = directions
+            total += Sums(read=square(drift @ inputs), low=square(patch))
+            part = outputs[rows.start : rows.stop].T @ drift
+            projected = part if projected is None else projected.add_(part)
+    return total + Sums(written=square(projected), wide=total.low) if whole and projected is not None else total
 
 
 def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
@@ -120,12 +128,12 @@ def square(values: Tensor) -> float:
     return float(inner(values, values))
 
 
-def read_directions(edits: Sequence[Edit]) -> Tensor | None:
-    """float32 [columns, rank], orthonormal: the input directions that all edits together read; None where one reads all."""
+def subspaces(edits: Sequence[Edit]) -> tuple[Tensor, Tensor] | None:
+    """Orthonormal, float32 [rows, rank] and [columns, rank]: what all edits together write and read; None where one is whole."""
     import torch
 
-    downs = [edit.factors()[1] for edit in edits if isinstance(edit, LowRankEdit)]
-    if not downs or len(downs) < len(edits):
+    pairs = [edit.factors() for edit in edits if isinstance(edit, LowRankEdit)]
+    if not pairs or len(pairs) < len(edits):
         return None
-    basis: Tensor = torch.linalg.qr(torch.cat(downs).T).Q
-    return basis
+    up, down = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+    return torch.linalg.qr(up).Q, torch.linalg.qr(down.T).Q

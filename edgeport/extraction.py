@@ -121,12 +121,13 @@ class ExtractionPlan:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What became of one weight. `change`: |tuned - old| / |old|. `energy`: the share of its square that the patch holds."""
+    """What became of one weight. `change`: |tuned - old| / |old|, None where the old one is all zeros. `energy`: the share of
+    its square that the patch holds."""
 
     weight: str
     form: str
     shape: tuple[int, ...]
-    change: float = 0.0
+    change: float | None = 0.0
     rank: int | None = None
     energy: float = 1.0
     squares: float = 0.0

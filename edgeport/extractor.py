@@ -149,7 +149,7 @@ def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging)
     squares, before = survey(plan, change)
     if squares == 0 and not saved_beside(both.name, file):
         return Taken(both.name, change.form, both.new.shape)
-    relative = sqrt(squares / before) if before else float("inf")
+    relative = sqrt(squares / before) if before else None
     if change.form == NONE:
         raise UnsupportedPatch("a PEFT adapter has no place for the change of it; use --full")
     if change.form == LORA:

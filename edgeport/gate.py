@@ -30,7 +30,7 @@ LOOSE = 0.9
 HAD = 0.5
 """`along` of all weights above which the new base is said to have the patch already, below minus that to have undone it."""
 MUCH = 1.0
-"""`inside` of all weights above which the new base has changed what the patch reads more than the patch has."""
+"""`read` of all weights above which the new base has changed what the patch reads more than the patch has."""
 PASS, WARN, REFUSED, FORCED, UNKNOWN = "pass", "warn", "refused", "forced", "not assessed"
 TOKENIZER = "tokenizer.json"
 WITHOUT_OLD = "names, shapes and vocabulary fit; without --old-base nothing tells whether the new base comes from the old one"
@@ -69,10 +69,10 @@ def judge(found: Mapping[str, Sums], items: Sequence[Item], notes: Sequence[str]
     if abs(along) > HAD:
         has = "has moved along the patch" if along > 0 else "has moved against the patch"
         warnings.append(f"the new base {has} by {abs(along):.0%} of it, as if it {'had it already' if along > 0 else 'undid it'}")
-    if (total["inside"] or 0) > MUCH:
-        warnings.append("that is more than the patch itself, so measure what it still does (edgeport bench)")
-    inside = f", and by {total['inside']:.2g} times the patch in the directions that it reads" if total["inside"] else ""
-    return Verdict(WARN if warnings else PASS, "; ".join([drift + inside, *warnings]))
+    read = total["read"] or 0
+    met = f", and by {read:.2g} times the patch in the directions that it reads" if read else ""
+    met += "; that is more than the patch itself, so measure what it still does (edgeport bench)" if read > MUCH else ""
+    return Verdict(WARN if warnings or read > MUCH else PASS, "; ".join([drift + met, *warnings]))
 
 
 def gate(plan: Plan, force: bool) -> Verdict:

@@ -61,11 +61,15 @@ def weights_text(receipt: Receipt) -> str:
     rows = [
         [
             fact.weight, fact.action + " beside" * fact.beside, fact.origin, fact.stored, fact.rounding or "-",
-            *("-" if figure is None else f"{figure:.4f}" for figure in (fact.change, fact.retention, fact.error)),
+            *map(decimal, (fact.change, fact.retention, fact.error)),
         ]
         for fact in receipt.facts if fact.action != "copy" or fact.beside
     ]  # fmt: skip
     return table(["weight", "action", "from", "to", "rounding", "change", "kept", "error"], rows)
+
+
+def decimal(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.4f}"
 
 
 def effect_text(effect: Effect) -> str:
@@ -108,19 +112,19 @@ def extraction_text(done: Extraction) -> str:
 def changes_text(done: Extraction) -> str:
     """A line for each weight that has changed."""
     rows = [
-        [fact.weight, fact.form, str(fact.rank or "-"), f"{fact.change:.4f}", f"{fact.energy:.4f}"] for fact in done.changed
+        [fact.weight, fact.form, str(fact.rank or "-"), *map(decimal, (fact.change, fact.energy))] for fact in done.changed
     ]
     return table(["weight", "form", "rank", "change", "kept"], rows)
 
 
-FIGURES = ("change", "drift", "cosine", "inside", "along")
+FIGURES = ("change", "drift", "cosine", "read", "written", "along")
 
 
 def diagnosis_text(found: Diagnosis) -> str:
     """A line for each layer, one for all, and the verdict."""
     facts = found.to_json()
     lines = {**facts["layers"], "all": facts["all"]} if found.weights else {}
-    rows = [[name, *("-" if line[key] is None else f"{line[key]:.4f}" for key in FIGURES)] for name, line in lines.items()]
+    rows = [[name, *(decimal(line[key]) for key in FIGURES)] for name, line in lines.items()]
     text = table(["patched weights of", *FIGURES], rows) + "\n\n" if rows else ""
     if facts["survival"]:
         kept = facts["survival"]

@@ -58,11 +58,14 @@ def test_figures_are_those_of_the_tensors(base: Path, patch: Path, tmp_path: Pat
     factors = load_file(patch / "adapter_model.safetensors")
     for name, change in changes.items():
         drift, figures = after[name] - before[name], found.weights[name].figures()
-        reads = torch.linalg.qr(factors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"].T).Q
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        reads = torch.linalg.qr(factors[f"{module}.lora_A.weight"].T).Q
+        writes = torch.linalg.qr(factors[f"{module}.lora_B.weight"]).Q
         expected = {
             "change": change.norm() / after[name].norm(), "drift": drift.norm() / before[name].norm(),
             "cosine": torch.cosine_similarity(before[name].flatten(), after[name].flatten(), 0),
-            "inside": (drift @ reads).norm() / change.norm(), "along": (drift * change).sum() / change.norm() ** 2,
+            "read": (drift @ reads).norm() / change.norm(), "written": (writes.T @ drift).norm() / change.norm(),
+            "along": (drift * change).sum() / change.norm() ** 2,
         }  # fmt: skip
         assert figures == pytest.approx({key: float(value) for key, value in expected.items()}, rel=1e-3, abs=1e-4)
     facts = found.to_json()
@@ -85,7 +88,7 @@ def test_without_the_old_base_nothing_is_claimed(base: Path, patch: Path, tmp_pa
     for verdict, reason in (receipt.gate.values(), (found.verdict.verdict, found.verdict.reason)):
         assert verdict == "not assessed" and "without --old-base" in reason
     figures = found.to_json()["all"]
-    assert figures["change"] > 0 and figures["drift"] is figures["cosine"] is figures["inside"] is None
+    assert figures["change"] > 0 and figures["drift"] is figures["cosine"] is figures["read"] is None
     assert edgeport.export(model=base, output=tmp_path / "plain", to="hf").gate["reason"] == "there is no patch"
 
 
