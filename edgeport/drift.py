@@ -59,7 +59,7 @@ class Sums:
         return {
             "change": ratio(sqrt(self.patch), sqrt(self.new)), "drift": ratio(sqrt(self.drift), sqrt(self.old)),
             "cosine": ratio(self.product, sqrt(self.old * self.new)), "read": ratio(sqrt(self.read), sqrt(self.low)),
-            "written": ratio(sqrt(self.written), sqrt(self.wide)), "along": ratio(self.crossing, self.patch),
+            "written": ratio(sqrt(self.written), sqrt(self.wide)), "along": ratio(self.crossing, self.patch if self.old else 0),
         }  # fmt: skip
 
 
