@@ -70,7 +70,7 @@ def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:
     check_same(lines[0], depends)
     found = dict(verified(plan, steps, lines[1:]))
     told = f"{len(found)} of {len(steps)} weights were written before an interruption, and are as they were"
-    return Journal(path, depends, resume, found, [line for line in lines[1:] if line["weight"] in found], (told,))
+    return Journal(path, depends, resume, found, [line for line in lines[1:] if line.get("weight") in found], (told,))
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
