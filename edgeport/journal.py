@@ -47,8 +47,10 @@ class Journal:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in (self.depends, *self.lines)))
 
     def add(self, step: Step, fact: WeightFact, digests: Mapping[str, str]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests)}) + "\n")
+        line = json.dumps({"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests)}) + "\n"
+        # without a buffer of Python's: thousands of them scatter memory
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line.encode())
 
     def outlives(self, error: BaseException | None) -> bool:
         """Whether the journal and the files are kept after such an end. A mistake of the user's would come again."""
@@ -96,10 +98,18 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
         "versions": versions(),
         "command": {
             "method": plan.method.to_json(), "scales": [patch.scale for patch in plan.patches],
-            "steps": [[step.target.name, step.action, step.target.format, step.rounding] for step in steps],
+            "steps": digest_of(steps),
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip
+
+
+def digest_of(steps: Sequence[Step]) -> str:
+    """sha256 of what is done to each weight: a list of it would stay in memory, and grow with the layers."""
+    digest = hashlib.sha256()
+    for step in steps:
+        digest.update(json.dumps([step.target.name, step.action, step.target.format, step.rounding]).encode())
+    return digest.hexdigest()
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
