@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS)} (default: all)")
     parser.add_argument("--layers", type=int, help="of the model (default: 16)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="its files (default: the packaged model's)")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     shape = replace(SHAPES["1B"], layers=arguments.layers or SHAPES["1B"].layers)
@@ -130,7 +131,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        plain = write_model(shape, folder / "base", smollm_tokenizer(folder / "tokenizer"))
+        plain = write_model(shape, folder / "base", arguments.tokenizer or smollm_tokenizer(folder / "tokenizer"))
         patch = write_patch(shape, folder / "patch")
         for name in arguments.jobs or JOBS:
             for row in measure(name, plain, patch, folder):
