@@ -1,112 +1,234 @@
 """A patch on a quantized base, from that base alone: which rounding keeps it, and what it costs.
 
-`python -m bench.quantized [--base FOLDER] [-o results.json] [FORMAT ...]` quantizes an evolved base to each format (the
-demo's, whose numbers descend from a Q4_1 file, or one that `bench.train_full` made, which lie on no grid), and ports the
-triage patch onto the quantized base in several ways: exactly (float32, four times the size: what the rounding is judged
+`python -m bench.quantized [--base FOLDER] -o results.json [FORMAT ...]` quantizes an evolved base to each format (the
+demo's, whose numbers descend from a Q4_1 file, or one that `bench.train_full` made, which lie on no grid), and ports
+patches onto the quantized base in several ways: exactly (float32, four times the size: what the rounding is judged
 against), rounded to nearest as other tools do, on the base's own grid stochastically and patch-aware (edgeport's default
 there), and, as a bar, onto the 16-bit base first and quantized once; then at a price in size, with what rounding lost as
-an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar. Printed:
-accuracy on the 400 held-out questions, KL to the exact port and perplexity on edgeport's probe text, retention, and size.
+an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar.
+
+Each patch is `TASK=FOLDER`, a packaged task and an adapter; --norms scales it so that |change| / |weight| is that on
+average over its weights. Rows are made by --jobs processes, and written to -o as they come; a file that is there is
+gone on with, and `--table FILE ...` prints what files of several runs hold together.
+
+Columns: accuracy on held-out questions, and lost and won ones beside the exact port, which has the same questions, so
+that the share of the gain that is recovered has a narrow interval; the same share of the right option's log-probability;
+KL to the exact port and perplexity on Python's language reference; share of the patch kept in the weights, error on what
+the patch reads relative to the patch, noise relative to the weights; seconds of the port for a million patched weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edgeport
-from edgeport.demo import ADAPTERS, child, packaged_model
-from edgeport.demo.triage import accuracy_interval
+from edgeport.demo import ADAPTERS, packaged_model
+from edgeport.demo.triage import Z_95
+from edgeport.device import choose
 from edgeport.report import table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench.judge import Heard
 
 GGUF = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q8_0")
 FOLDERS = ("nf4", "nf4-dq", "int8", "gptq-4", "awq-4")
-TRIAGE = ADAPTERS / "triage"
-TOKENS = 512
-WAYS = (
-    "base", "exact", "nearest", "stochastic", "patch-aware", "16-bit first", "residual 8", "residual 32", "promote", "sidecar",
-)  # fmt: skip
+PATCHES = {"triage": ADAPTERS / "triage", "family": Path(__file__).with_name("adapters") / "family"}
+DRAWN = ("stochastic", "patch-aware")
+SAME_SIZE = ("base", "exact", "nearest", *DRAWN, "16-bit first")
+WAYS = (*SAME_SIZE, "residual 8", "residual 32", "promote", "sidecar")
+REAL = "real"
 PROMOTED = 1.1
 """The size that promotion may use, relative to the base's."""
+MOST_QUESTIONS = 1624
+"""Of triage's eight departments the smallest has 203 held-out texts."""
+MANUAL_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Job:
+    """One format, patch and norm; the rows that are asked for."""
+
     format: str
-    way: str
-    correct: int
-    total: int
-    kl: float
-    """Mean over the probe text's positions, in nats: KL(exact port on the same base || this)."""
-    perplexity: float
-    """On the probe text."""
-    retention: float | None
-    bytes: int
+    task: str
+    patch: Path
+    norm: str
+    ways: tuple[str, ...]
+    seeds: tuple[int, ...]
+    base: Path
+    """The 16-bit evolved base."""
+    scratch: Path
+    limit: int
+    tokens: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.format} {self.task} {self.norm}"
 
 
-def ports(format: str, evolved: Path, base: Path, size: int) -> dict[str, dict[str, Any]]:
-    """The ways, in the order of the table, and what makes them. `size`: bytes of the quantized base."""
-    own: dict[str, Any] = {"new_base": base}
-    return {
-        "exact": {**own, "to": "hf", "quant": "f32"},
+def ports(job: Job, quantized: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Way, seed, and what makes it."""
+    own: dict[str, Any] = {"new_base": quantized}
+    size = sum(path.stat().st_size for path in ([quantized] if quantized.is_file() else quantized.iterdir()))
+    options = {
         "nearest": {**own, "rounding": "nearest"},
         "stochastic": {**own, "rounding": "stochastic"},
         "patch-aware": {**own, "rounding": "patch-aware"},
-        "16-bit first": {"new_base": evolved, "quant": format, "rounding": "nearest"},
+        "16-bit first": {"new_base": job.base, "quant": job.format, "rounding": "nearest"},
         "residual 8": {**own, "residual": 8},
         "residual 32": {**own, "residual": 32},
         "promote": {**own, "promote": True, "max_size": int(size * PROMOTED)},
         "sidecar": {**own, "sidecar": True},
     }
+    for way in options:
+        for seed in job.seeds if way in DRAWN else job.seeds[:1]:
+            if way in job.ways:
+                yield way, seed, {**options[way], "seed": seed}
 
 
-def measure(format: str, evolved: Path, folder: Path, wanted: Sequence[str], tokens: int) -> Iterator[Row]:
-    """The rows of one format."""
-    to = "gguf" if format in GGUF else "hf"
-    ending = ".gguf" if to == "gguf" else ""
-    base, exact = folder / f"base{ending}", folder / "exact"
-    receipts = {"base": edgeport.export(model=evolved, output=base, to=to, quant=format)}
-    places = {"base": base}
-    for way, options in ports(format, evolved, base, receipts["base"].bytes_out).items():
-        if way in wanted or way == "exact":
-            places[way] = exact if way == "exact" else folder / f"{way.replace(' ', '-')}{ending}"
-            common = {"patch": TRIAGE, "output": places[way], "to": to, "force": True, "probe": False}
-            receipts[way] = edgeport.port(**common | options)
-    for way, place in places.items():
-        if way in wanted:
-            found = edgeport.compare(place, exact, tokens=tokens)
-            asked = ask(place, receipts[way].adapter, folder)
-            survival = receipts[way].survival or {}
-            yield Row(
-                format, way, asked["correct"], asked["total"], found.mean_kl, found.candidate_perplexity, survival.get("mean"),
-                receipts[way].bytes_out,
-            )  # fmt: skip
+def container(format: str) -> tuple[str, str]:
+    """--to, and the file's ending."""
+    return ("gguf", ".gguf") if format in GGUF else ("hf", "")
 
 
-def ask(model: Path, adapter: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """The held-out questions through llama.cpp; a folder, or a model with an adapter, first becomes one GGUF of its numbers."""
-    asked = folder / "asked.gguf"
-    common: dict[str, Any] = {"new_base": model, "output": asked, "to": "gguf", "quant": "f32", "overwrite": True, "probe": False}
-    if adapter:
-        beside = (model if model.is_dir() else model.parent) / adapter["path"]
-        edgeport.port(patch=beside, **common)
-    elif model.is_dir():
-        edgeport.export(model=model, output=asked, to="gguf", quant="f32", overwrite=True)
-    return child(["-m", "edgeport.demo.ask", str(asked if adapter or model.is_dir() else model)])
+def carry_out(job: Job) -> list[dict[str, Any]]:
+    """All rows of one job, in a process of its own."""
+    from bench.judge import Judge, changed
+
+    to, ending = container(job.format)
+    with tempfile.TemporaryDirectory(dir=job.scratch) as name:
+        folder = Path(name)
+        quantized, exact = folder / f"base{ending}", folder / "exact"
+        made = edgeport.export(model=job.base, output=quantized, to=to, quant=job.format)
+        common: dict[str, Any] = {"force": True, "probe": False, "overwrite": True, "device": "cpu"}
+        patch = job.patch
+        onto = {"new_base": quantized, "output": exact, "to": "hf", "quant": "f32"}
+        receipt = edgeport.port(patch=patch, **common | onto)
+        norm = mean_norm(receipt)
+        if job.norm != REAL:
+            patch = scaled(job.patch, float(job.norm) / norm, folder / "patch")
+            receipt = edgeport.port(patch=patch, **common | onto)
+            norm = mean_norm(receipt)
+        judge = Judge(exact, patch, job.task, job.limit, job.tokens, job.device)
+        [base] = changed([quantized], judge.exact, job.device)
+        judge.model.load_state_dict(base, strict=False, assign=True)
+        unpatched = judge.hear()
+        patched = sum(matrix.numel() for matrix in base.values())
+        rows = []
+
+        def add(way: str, seed: int, heard: Heard, stored: Mapping[str, Tensor], receipt: edgeport.Receipt) -> None:
+            about = {"format": job.format, "task": job.task, "norm": job.norm, "mean_change": norm, "way": way, "seed": seed}
+            cost = {"seconds": receipt.seconds, "patched_weights": patched, "bytes": receipt.bytes_out}
+            rows.append(about | judge.figures(heard, unpatched) | judge.weights(base, stored) | cost)
+
+        add("base", 0, unpatched, base, made)
+        add("exact", 0, judge.reference, judge.exact, receipt)
+        for way, seed, options in ports(job, quantized):
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                output = Path(place) / f"ported{ending}"
+                receipt = edgeport.port(patch=patch, output=output, to=to, **common | options)
+                stored = judge.put(output)
+                add(way, seed, judge.hear(), stored, receipt)
+    return rows
 
 
-def cells(row: Row) -> list[str]:
-    low, high = accuracy_interval(row.correct, row.total)
-    kept = "-" if row.retention is None else f"{row.retention:.3f}"
+def mean_norm(receipt: edgeport.Receipt) -> float:
+    """|change| / |weight| on average over the patched weights."""
+    changes = [fact.change for fact in receipt.facts if fact.change]
+    return sum(changes) / len(changes)
+
+
+def scaled(patch: Path, factor: float, folder: Path) -> Path:
+    """The adapter with `lora_alpha` multiplied."""
+    shutil.copytree(patch, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["lora_alpha"] *= factor
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    def share(name: str) -> str:
+        value, error = row[name], row[f"{name}_error"]
+        return "-" if value is None else f"{value:.1%} +- {Z_95 * error:.1%}"
+
+    seconds = row["seconds"] / row["patched_weights"] * 1e6
     return [
-        row.format, row.way, f"{row.correct / row.total:.1%} ({low:.1%} to {high:.1%})", f"{row.kl:.4f}",
-        f"{row.perplexity:.2f}", kept, f"{row.bytes / (1 << 20):.1f} MiB",
+        row["format"], row["task"], row["norm"], row["way"], str(row["seed"]), f"{row['correct'] / row['total']:.1%}",
+        f"-{row['lost']} +{row['won']}", share("gain"), share("log_gain"), f"{row['kl']['manual']:.4f}",
+        f"{row['perplexity']['manual']:.2f}", f"{row['retention']:.3f}", f"{row['subspace']:.3f}", f"{row['noise']:.4f}",
+        f"{seconds:.3f}", f"{row['bytes'] / (1 << 20):.1f} MiB",
     ]  # fmt: skip
+
+
+HEAD = ["base", "task", "norm", "way", "seed", "accuracy", "beside exact", "gain kept (95 %)", "log-gain kept (95 %)", "KL",
+        "perplexity", "kept", "subspace", "noise", "s/M", "size"]  # fmt: skip
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["format"], row["task"], row["norm"], row["way"], row["seed"]
+
+
+def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    format, task, norm, way, seed = key(row)
+    return (*GGUF, *FOLDERS).index(format), task, norm != REAL, norm, WAYS.index(way), seed
+
+
+def gathered(files: Sequence[Path]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return {key(row): row for file in files if file.is_file() for row in json.loads(file.read_text())}
+
+
+def jobs_of(arguments: argparse.Namespace, base: Path, scratch: Path) -> list[Job]:
+    """The longest first: the real patch in every way, then its scaled copies at the base's size and with one seed."""
+    jobs = []
+    for norm in sorted(arguments.norms, key=lambda norm: norm != REAL):
+        for task, patch in arguments.patches.items():
+            for format in arguments.formats or (*GGUF, *FOLDERS):
+                ways = tuple(way for way in arguments.ways if norm == REAL or way in SAME_SIZE)
+                seeds = tuple(arguments.seeds if norm == REAL else arguments.seeds[:1])
+                jobs.append(Job(format, task, patch, norm, ways, seeds, base, scratch, arguments.limit, arguments.tokens,
+                                arguments.device))  # fmt: skip
+    return jobs
+
+
+def run(jobs: Sequence[Job], processes: int, output: Path) -> None:
+    """Every job that `output` lacks rows of; what one has made is written as soon as it is done."""
+    began = time.monotonic()
+    rows = gathered([output])
+    done = {name[:3] for name in rows}
+    left = [job for job in jobs if (job.format, job.task, job.norm) not in done]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        asked = {pool.submit(carry_out, job): job for job in left}
+        for count, finished in enumerate(as_completed(asked), 1):
+            job = asked[finished]
+            try:
+                made = finished.result()
+            except Exception as error:  # one job's failure is not the others'
+                print(f"{job.name} FAILED: {type(error).__name__}: {error}", flush=True)
+                continue
+            rows |= {key(row): row for row in made}
+            partial = output.with_suffix(".partial")
+            partial.write_text(json.dumps(sorted(rows.values(), key=order), indent=1) + "\n")
+            partial.replace(output)
+            print(f"{count} of {len(left)}  {job.name}  {len(made)} rows  {time.monotonic() - began:.0f} s", flush=True)
+
+
+def named(text: str) -> tuple[str, Path]:
+    task, _, folder = text.rpartition("=")
+    return task, Path(folder)
 
 
 def main() -> None:
@@ -114,23 +236,29 @@ def main() -> None:
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join((*GGUF, *FOLDERS))} (default: all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="rows to make (default: all)")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="a 16-bit evolved base (default: the demo's)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the probe text")
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--patches", type=named, nargs="+", metavar="TASK=FOLDER", help="default: triage and family")
+    parser.add_argument("--norms", nargs="+", default=[REAL], help=f"{REAL} (default), or |change| / |weight| as 0.01")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the roundings that draw")
+    parser.add_argument("--limit", type=int, default=MOST_QUESTIONS, help="questions a task")
+    parser.add_argument("--tokens", type=int, default=MANUAL_TOKENS, help="of Python's language reference")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its share of the cores")
+    parser.add_argument("--device", type=choose, default=choose("auto"), help="of the models that are asked; ports use the CPU")
+    parser.add_argument("-o", "--output", type=Path, help="the figures as JSON")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print what these files hold")
     arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        evolved = arguments.base or Path(scratch) / "evolved"
-        if not arguments.base:
-            edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16")
-        for format in arguments.formats or (*GGUF, *FOLDERS):
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                for row in measure(format, evolved, Path(folder), arguments.ways, arguments.tokens):
-                    rows.append(row)
-                    print("  ".join(cells(row)), flush=True)
-    head = ["base", "way", "triage accuracy (95 %)", "KL to exact", "perplexity", "kept", "size"]
-    print("\n" + table(head, [cells(row) for row in rows]))
-    if arguments.output:
-        arguments.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if not arguments.table:
+        if not arguments.output:
+            parser.error("-o or --table is needed")
+        arguments.patches = dict(arguments.patches) if arguments.patches else PATCHES
+        # read by the processes as they start
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // arguments.jobs, 1)))
+        with tempfile.TemporaryDirectory() as scratch:
+            base = arguments.base or Path(scratch) / "evolved"
+            if not arguments.base:
+                edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=base, to="hf", quant="bf16")
+            run(jobs_of(arguments, base, Path(scratch)), arguments.jobs, arguments.output)
+    rows = gathered(arguments.table or [arguments.output])
+    print("\n" + table(HEAD, [cells(row) for row in sorted(rows.values(), key=order)]))
 
 
 if __name__ == "__main__":

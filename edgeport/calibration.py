@@ -14,8 +14,7 @@ from edgeport.aside import ask, here
 from edgeport.errors import VerificationFailed
 from edgeport.probing import Job, hindered, predicted_bytes
 from edgeport.registry import roundings
-from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED
-from edgeport.rounding.patch_aware import mean_square
+from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
 from edgeport.seams import LowRankEdit, Source
 from edgeport.steps import Limits, Rule, Step
 
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from edgeport.planning import Plan
 
 TOKENS = 1024
+COLUMNS = 64
+EMPHASIS = 4.0
+"""Strength of a direction that a patch reads, relative to an average direction of the text."""
 BFLOAT16_BYTES = 2
 
 
@@ -61,8 +63,8 @@ class Activations:
         self.unable: str | None = None
         """Why there are none, once that is known."""
 
-    def of(self, step: Step, device: str) -> Tensor | None:
-        """bfloat16 [tokens, columns] of what the step's layer is given and its patch reads; None where nothing is known."""
+    def of(self, step: Step, device: str) -> Inputs | None:
+        """What the step's layer is given and its patch reads; None where nothing is known."""
         import torch
 
         place = self.places.get(step.target.name)
@@ -71,7 +73,9 @@ class Activations:
         offset, tokens = place
         size = BFLOAT16_BYTES * tokens * step.target.columns
         data = bytearray(os.pread(self.handle, size, offset))
-        return with_directions(torch.frombuffer(data, dtype=torch.bfloat16).view(tokens, -1), step).to(device)
+        rows = torch.frombuffer(data, dtype=torch.bfloat16).view(tokens, -1)
+        square = mean_square(rows)
+        return Inputs(with_directions(rows, step, square).to(device), square)
 
     def collect(self, steps: Sequence[Step]) -> None:
         """Run the text, if any of the settled steps asks for it.
@@ -108,17 +112,23 @@ class Activations:
             os.close(self.handle)
 
 
-def with_directions(inputs: Tensor, step: Step) -> Tensor:
-    """The inputs and, each as strong as an average one, the directions that the step's low-rank patches read.
+def with_directions(inputs: Tensor, step: Step, square: float) -> Tensor:
+    """The inputs and, `EMPHASIS` times as strong as an average one, the directions that the step's low-rank patches read.
 
     A text that is not about the patch's task says little of them, and errors there are what the patch would feel first.
     """
     import torch
 
     read = [edit.factors()[1] for edit in step.edits if isinstance(edit, LowRankEdit)]
-    strength = sqrt(mean_square(inputs) * len(inputs))
+    strength = EMPHASIS * sqrt(square * len(inputs))
     directions = [torch.linalg.qr(down.T).Q.T.mul(strength).to(inputs.dtype) for down in read]
     return torch.cat([inputs, *directions])
+
+
+def mean_square(inputs: Tensor) -> float:
+    """Over all tokens and columns, in float32 a few columns at a time."""
+    pieces = (inputs[:, start : start + COLUMNS] for start in range(0, inputs.shape[1], COLUMNS))
+    return sum(piece.float().square().sum().item() for piece in pieces) / max(inputs.numel(), 1)
 
 
 def job_of(plan: Plan) -> Job:

@@ -26,7 +26,7 @@ from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, retu
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
-from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, on_grid
+from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, Inputs, on_grid
 from edgeport.seams import Finishing, Source
 from edgeport.staging import Staging, staged
 from edgeport.steps import COPY_BYTES, Limits, Rule, Step, stored_alike
@@ -203,7 +203,7 @@ def finish(target: Weight, later: dict[str, list[Tensor]], staging: Staging, lan
 
 def compute(
     step: Step, rows: range, parts: dict[str, Tensor], applied: Sequence[Applied], importance: Tensor | None,
-    inputs: Tensor | None, survival: Survival,
+    inputs: Inputs | None, survival: Survival,
 ) -> Mapping[str, Tensor]:
     """The stored bytes of the edited rows, by part. All device memory that a block takes is taken here.
 
@@ -228,7 +228,7 @@ def compute(
 
 
 def round_on_grid(
-    step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor, inputs: Tensor | None
+    step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor, inputs: Inputs | None
 ) -> Mapping[str, Tensor]:
     """The edited rows on the grid that `parts` spell: scales stay, and the step's rule chooses the codes."""
     owner = cast(Gridded, codec(step.target.codec))

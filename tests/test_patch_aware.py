@@ -22,7 +22,7 @@ from edgeport.locate import open_model
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job
 from edgeport.registry import codec
-from edgeport.rounding import on_grid
+from edgeport.rounding import Inputs, on_grid
 from edgeport.rounding.patch_aware import DAMPING, descend, rounding
 from edgeport.rounding.stochastic import rounding as stochastic
 from tests.conftest import TinyLlama
@@ -33,6 +33,10 @@ def objective(error: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """Of each row, in float64, as the module's docstring has it."""
     error, inputs = error.double(), inputs.double()
     return (error @ inputs.T).square().mean(1) + DAMPING * inputs.square().mean() * error.square().sum(1)
+
+
+def seen(inputs: torch.Tensor) -> Inputs:
+    return Inputs(inputs, float(inputs.float().square().mean()))
 
 
 def gridded(format: str, rows: int, columns: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -47,30 +51,28 @@ def gridded(format: str, rows: int, columns: int) -> tuple[Any, torch.Tensor, to
 
 def test_the_descent_is_that_of_plain_arithmetic() -> None:
     torch.manual_seed(0)
-    rows, columns = 5, 9
+    rows, columns = 5, 21  # two narrow batches, and a part of one
     inputs = torch.randn(40, columns, dtype=torch.float64)
     moments = inputs.T @ inputs / 40
-    span = torch.rand(columns, rows, dtype=torch.float64)
-    start = torch.rand(columns, rows) < 0.5
-    error = torch.where(start, span / 2, -span / 2)
-    up = start.clone()
-    moved = descend(up, span, moments @ error, moments)
+    middle, distance = torch.randn(columns, rows, dtype=torch.float64), torch.rand(columns, rows, dtype=torch.float64)
+    half = torch.where(torch.rand(columns, rows) < 0.5, distance, -distance)
+    expected = half.clone()
+    descend(moments @ (middle - half), half, moments)
     for row in range(rows):
-        now, chosen = error[:, row].clone(), start[:, row].clone()
         for column in range(columns):
-            other = now.clone()
-            other[column] += span[column, row] * (-1 if chosen[column] else 1)
-            if other @ moments @ other < now @ moments @ now:
-                now, chosen[column] = other, ~chosen[column]
-        assert torch.equal(up[:, row], chosen)
-        assert torch.allclose(error[:, row] + moved[:, row], now)
+            other = expected[:, row].clone()
+            other[column] *= -1
+            now, then = (middle[:, row] - one for one in (expected[:, row], other))
+            if then @ moments @ then < now @ moments @ now:
+                expected[:, row] = other
+    assert torch.equal(half, expected)
 
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL", "Q8_0"])
 def test_layer_outputs_come_nearer_than_by_chance(format: str) -> None:
     grid, target, inputs = gridded(format, 48, 256)
     low, high, _ = grid.bracket(target)
-    codes = on_grid(rounding, grid, target, "w", 0, inputs)
+    codes = on_grid(rounding, grid, target, "w", 0, seen(inputs))
     assert bool(((codes == low) | (codes == high)).all())
     found, chance = (
         objective(grid.values(chosen) - target, inputs.float()) for chosen in (codes, on_grid(stochastic, grid, target, "w", 0))
@@ -80,8 +82,8 @@ def test_layer_outputs_come_nearer_than_by_chance(format: str) -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     grid, target, inputs = gridded("Q4_0", 64, 160)
-    whole = on_grid(rounding, grid, target, "w", 0, inputs)
-    pieces = [rounding.codes(grid.of_rows(slice(first, first + 16)), target[first : first + 16], "w", first, inputs)
+    whole = on_grid(rounding, grid, target, "w", 0, seen(inputs))
+    pieces = [rounding.codes(grid.of_rows(slice(first, first + 16)), target[first : first + 16], "w", first, seen(inputs))
               for first in range(0, 64, 16)]  # fmt: skip
     assert torch.equal(whole, torch.cat(pieces))
 

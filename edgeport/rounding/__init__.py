@@ -6,12 +6,25 @@ format's grid already it returns the old codes and erases a patch, so the other 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeport.grid import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a layer is given on a text, for a calibrated rule."""
+
+    rows: Tensor
+    """bfloat16 [tokens and more, columns], on the device: after the text's tokens the directions that the patch reads."""
+    mean_square: float
+    """Of the text's."""
+    moments: list[Tensor] = field(default_factory=list)
+    """Room for what a rule makes of them once for all blocks of a weight."""
 
 
 class Rounding(Protocol):
@@ -25,12 +38,12 @@ class Rounding(Protocol):
         """Temporary bytes an element of a piece, for inputs of so many tokens."""
         ...
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None) -> Tensor:
         """uint8 [rows, columns]: a code of the grid for every value of float32 `target` [rows, columns].
 
         The rows are a weight's from `first` on, and the result for a row does not depend on its neighbours: the same
-        port gives the same bytes however its blocks are cut. `draws` seeds what is random. `inputs`: bfloat16 [tokens,
-        columns] on the target's device, where the rule is calibrated.
+        port gives the same bytes however its blocks are cut. `draws` seeds what is random. `inputs`: on the target's
+        device, where the rule is calibrated.
         """
         ...
 
@@ -41,7 +54,7 @@ ON_GRID, UNCALIBRATED = "patch-aware", "stochastic"
 """What auto takes on a grid: the first where a text can be run through the model."""
 
 
-def on_grid(rule: Rounding, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
+def on_grid(rule: Rounding, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
     """uint8 [rows, columns]: the rule's codes, found a piece of the rows at a time."""
     import torch
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeport.grid import Grid
+    from edgeport.rounding import Inputs
 
 
 class Nearest:
@@ -23,7 +24,7 @@ class Nearest:
     def scratch(self, columns: int, tokens: int) -> float:
         return 8.0
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
         low, _, fraction = grid.bracket(target)
         return low.add_(fraction > 0.5)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeport.grid import Grid
+    from edgeport.rounding import Inputs
 
 
 class Stochastic:
@@ -24,7 +25,7 @@ class Stochastic:
     def scratch(self, columns: int, tokens: int) -> float:
         return 32.0
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Tensor | None = None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
         low, _, fraction = grid.bracket(target)
         rows, columns = target.shape
         return low.add_(uniform(draws, first, rows, columns, target.device) < fraction)
