@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgeport.api import extract as extract
     from edgeport.api import formats as formats
     from edgeport.api import inspect as inspect
+    from edgeport.api import liken as liken
     from edgeport.api import plan as plan
     from edgeport.api import port as port
     from edgeport.api import verify as verify
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    **dict.fromkeys(("compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"), "edgeport.api"),
+    **dict.fromkeys(
+        ("compare", "diagnose", "export", "extract", "formats", "inspect", "liken", "plan", "port", "verify"), "edgeport.api"
+    ),
     "EdgeportError": "edgeport.errors",
 }
 
-__all__ = ["EdgeportError", "compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
+__all__ = [
+    "EdgeportError", "compare", "diagnose", "export", "extract", "formats", "inspect", "liken", "plan", "port", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from edgeport.steps import Limits
 if TYPE_CHECKING:
     from edgeport.diagnosis import Diagnosis
     from edgeport.extraction import Extraction, ExtractionPlan
+    from edgeport.likeness import Likeness
     from edgeport.probe import Comparison
 
 Location = str | Path
@@ -241,6 +242,22 @@ def compare(output: Location, against: Location, *, tokens: int = 256, offline: 
     return probe.compare(reference, candidate, probe.probe_tokens(reference, tokens))
 
 
+def liken(output: Location, against: Location, *, offline: bool = False) -> Likeness:
+    """How far an encoder's outputs are from another's on the same inputs, computed one layer at a time."""
+    from edgeport import likeness
+    from edgeport.effect import open_whole
+
+    reference, candidate = (open_whole(locate(one, offline)) for one in (against, output))
+    return likeness.compare(reference, candidate)
+
+
+def encodes(model: Location, *, offline: bool = False) -> bool:
+    """Whether a model is an encoder, which `liken` is for, and not one that `compare` is for."""
+    from edgeport.encoders import encoder
+
+    return encoder(open_model(model, offline).config) is not None
+
+
 def check_whole(source: Source, patches: Sequence[Patch]) -> None:
     """An adapter that is part of the base is among the patches. Raises TargetMissing."""
     path = manifest_path(source.path, source.path.is_dir())
@@ -289,4 +306,4 @@ def inspect(path: Location, *, offline: bool = False) -> dict[str, Any]:
     return describe(path, offline)
 
 
-__all__ = ["Options", "compare", "diagnose", "export", "extract", "formats", "inspect", "plan", "port", "verify"]
+__all__ = ["Options", "compare", "diagnose", "export", "extract", "formats", "inspect", "liken", "plan", "port", "verify"]

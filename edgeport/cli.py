@@ -71,7 +71,9 @@ from edgeport.texts import (
 )
 
 if TYPE_CHECKING:
+    from edgeport.likeness import Likeness
     from edgeport.planning import Plan
+    from edgeport.probe import Comparison
 
 app = typer.Typer(
     add_completion=False,
@@ -312,15 +314,21 @@ def verify(
         content: dict[str, Any] = {"output": str(output), "files": dict(checked), "verified": True}
         text = f"{output}: {len(checked)} file(s) match the manifest"
         if against:
-            found = api.compare(output, against, tokens=tokens, offline=offline)
+            encodes = api.encodes(against, offline=offline)
+            if encodes and max_kl is not None:
+                raise UnknownName(f"{against} is an encoder, whose outputs have no KL; leave off --max-kl")
+            found: Comparison | Likeness
+            if encodes:
+                found = api.liken(output, against, offline=offline)
+            else:
+                found = api.compare(output, against, tokens=tokens, offline=offline)
             content["against"] = found.to_json()
-            text += f"\nagainst {against}: mean KL {found.mean_kl:.3g} nats, largest {found.max_kl:.3g}, "
-            text += f"top-1 agreement {found.top1:.1%}"
+            text += f"\nagainst {against}: {found.text()}"
         emit(content, as_json, text)
         limit = (found.tolerance if max_kl is None else max_kl) if against else None
-        if limit is not None and not found.mean_kl <= limit:
+        if limit is not None and not found.distance <= limit:
             what = "the tolerance of its precision," if max_kl is None else "--max-kl"
-            raise VerificationFailed(f"mean KL {found.mean_kl:.4g} is above {what} {limit:g}")
+            raise VerificationFailed(f"{found.measure} {found.distance:.4g} is above {what} {limit:g}")
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Streamed:
         """float32 [batch, length, hidden]: what the head is given, after the final norm."""
         import torch
 
-        with torch.no_grad(), _meta_explained(self.model):
+        with torch.no_grad(), meta_explained(self.model):
             return cast("Tensor", self.model.base_model(tokens, use_cache=False)[0])
 
     def logits(self, tokens: Tensor, hidden: Tensor, rows: range) -> Tensor:
@@ -120,29 +120,41 @@ def scorer(source: Source) -> Scorer:
 
 
 def build(config: Mapping[str, Any]) -> Model:
-    """The transformers model of a config.json, its parameters without memory and its buffers computed.
+    """The causal language model of a config.json, its parameters without memory and its buffers computed.
 
-    Raises UnsupportedArchitecture where transformers has no causal language model for it.
+    Raises UnsupportedArchitecture where transformers has none for it.
     """
+    # eager, since sdpa leaves out Gemma 2's soft cap on attention scores
+    transformers = need("transformers", "hf")
+    make = partial(transformers.AutoModelForCausalLM.from_config, attn_implementation="eager")
+    return made(config, make, "causal language model")
+
+
+def build_class(config: Mapping[str, Any], name: str) -> Model:
+    """The same of a class of transformers. Raises UnsupportedArchitecture where it has none of that name."""
+    known = getattr(need("transformers", "hf"), name, None)
+    if not isinstance(known, type) or not hasattr(known, "_from_config"):
+        raise UnsupportedArchitecture(f"transformers has no model class {name}, which config.json names")
+    return made(config, partial(known._from_config, attn_implementation="eager"), name)
+
+
+def made(config: Mapping[str, Any], make: Callable[..., Model], what: str) -> Model:
     transformers, torch = need("transformers", "hf"), need("torch", "hf")
     fields = {key: deepcopy(value) for key, value in config.items() if key not in NOT_THE_MODEL}
     try:
         described = transformers.AutoConfig.for_model(fields.pop("model_type", "none at all"), **fields)
-        with _parameters_without_memory():
-            # eager, since sdpa leaves out Gemma 2's soft cap on attention scores
-            model = transformers.AutoModelForCausalLM.from_config(
-                described, dtype=torch.float32, attn_implementation="eager"
-            )
+        with parameters_without_memory():
+            model = make(described, dtype=torch.float32)
     except ValueError as error:
         reason = str(error).splitlines()[0][:120]
         raise UnsupportedArchitecture(
-            f"transformers has no causal language model for a config.json of type {config.get('model_type')!r}: {reason}"
+            f"transformers has no {what} for a config.json of type {config.get('model_type')!r}: {reason}"
         ) from error
     return model.eval()
 
 
 @contextmanager
-def _parameters_without_memory() -> Iterator[None]:
+def parameters_without_memory() -> Iterator[None]:
     """Move each parameter to the meta device as it is registered: before it is filled, so its pages are never touched.
 
     Building on the meta device instead would lose the buffers that are computed from the config (rotary frequencies).
@@ -253,7 +265,7 @@ def read_whole(source: Source, weight: Weight) -> Tensor:
 
 
 @contextmanager
-def _meta_explained(model: Model) -> Iterator[None]:
+def meta_explained(model: Model) -> Iterator[None]:
     """Say so where the model's code uses a parameter of a module without calling the module: it was never read."""
     try:
         yield

@@ -18,6 +18,7 @@ from edgeport.errors import (
     OutputExists,
     ShapeMismatch,
     UnknownName,
+    UnmappedTensor,
     UnsupportedPatch,
     about,
 )
@@ -25,7 +26,7 @@ from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.probing import Probing, check_text, decide
 from edgeport.registry import codec, lookup, miss, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
-from edgeport.seams import Converter, Edit, FileLayout, Patch, Sink, Source, Target
+from edgeport.seams import Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
@@ -171,6 +172,7 @@ def make_plan(
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
     check_output(target.output, sink.folder, overwrite)
+    work = taken(work, sink)
     placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
     files = tuple(sink.layout(placed))
     beside = {name: (origin, todo) for name, origin, todo in patched if todo}
@@ -251,6 +253,18 @@ def head_edits(below: Sequence[Edit], own: Sequence[Edit]) -> Sequence[Edit]:
     """
     shared = [edit for edit in below if edit.tied]
     return shared if shared and all(edit.tied for edit in own) else own
+
+
+def taken(work: list[Work], sink: Sink) -> list[Work]:
+    """What has a place in the output. Raises UnmappedTensor where a patch changes what has none."""
+    if not isinstance(sink, Partial):
+        return work
+    lost = [name for name, _, todo in work if todo and not sink.takes(name)]
+    if lost:
+        raise UnmappedTensor(
+            f"the patch changes {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}, which the output does not compute with"
+        )
+    return [entry for entry in work if sink.takes(entry[0])]
 
 
 def final_shape(origin: Weight, edits: Sequence[Edit]) -> tuple[int, ...]:

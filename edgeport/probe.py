@@ -39,6 +39,13 @@ class Comparison:
     def mean_kl(self) -> float:
         return sum(self.kl) / len(self.kl)
 
+    distance = mean_kl
+    measure = "mean KL"
+    """What `distance` is."""
+
+    def text(self) -> str:
+        return f"mean KL {self.mean_kl:.3g} nats, largest {self.max_kl:.3g}, top-1 agreement {self.top1:.1%}"
+
     @property
     def max_kl(self) -> float:
         return max(self.kl)

@@ -24,6 +24,30 @@ ERRORS_ONLY = 3
 """onnxruntime's log level."""
 
 
+def open_session(model: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+    """onnxruntime's session of an .onnx file, or of a folder with a `model.onnx`.
+
+    Raises NotACheckpoint, UnknownName, ConvertError, MissingExtra.
+    """
+    runtime = need("onnxruntime", "onnx")
+    path = model / "model.onnx" if model.is_dir() else model
+    if not path.is_file():
+        raise NotACheckpoint(f"{path} does not exist; a folder written with --to onnx was expected")
+    if provider not in PROVIDERS:
+        raise UnknownName(f"no execution provider is called {provider!r} (known: {', '.join(PROVIDERS)})")
+    if PROVIDERS[provider] not in runtime.get_available_providers():
+        raise ConvertError(f"the installed onnxruntime has no {PROVIDERS[provider]}; put 'edgeport[onnx-gpu]' in its place")
+    options = runtime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        return runtime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+    except Exception as error:  # onnxruntime's own errors have no common base
+        raise ConvertError(f"onnxruntime cannot load {path.name}: {str(error).splitlines()[0]}") from error
+
+
 class Runner:
     """One model and the cache of what it has read so far."""
 
@@ -33,24 +57,8 @@ class Runner:
 
         Raises NotACheckpoint, UnknownName, ConvertError, MissingExtra.
         """
-        runtime = need("onnxruntime", "onnx")
-        path = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
-        if not path.is_file():
-            raise NotACheckpoint(f"{path} does not exist; a folder written with --to onnx was expected")
-        if provider not in PROVIDERS:
-            raise UnknownName(f"no execution provider is called {provider!r} (known: {', '.join(PROVIDERS)})")
-        if PROVIDERS[provider] not in runtime.get_available_providers():
-            raise ConvertError(f"the installed onnxruntime has no {PROVIDERS[provider]}; put 'edgeport[onnx-gpu]' in its place")
-        options = runtime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-        try:
-            self.session = runtime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
-        except Exception as error:  # onnxruntime's own errors have no common base
-            raise ConvertError(f"onnxruntime cannot load {path.name}: {str(error).splitlines()[0]}") from error
-        self.values: Any = runtime.OrtValue
+        self.session = open_session(Path(model), provider, threads)
+        self.values: Any = need("onnxruntime", "onnx").OrtValue
         self.device, self.head_dim = provider, head_dim
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         told = json.loads(self.session.get_modelmeta().custom_metadata_map.get("edgeport", "{}"))

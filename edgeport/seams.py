@@ -276,6 +276,15 @@ class Sink(Protocol):
         ...
 
 
+@runtime_checkable
+class Partial(Protocol):
+    """What a sink is, besides a `Sink`, whose container may hold a part of the model alone; its notes say what it leaves."""
+
+    def takes(self, name: str) -> bool:
+        """Whether the weight of that name has a place in the output."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
     """A low-rank change of one weight as an adapter stores it: down [rank, columns] and up [rows, rank], both plain."""
@@ -375,6 +384,20 @@ class Executable(Protocol):
 
     def execute(self) -> Scorer:
         """The container's own program, run by its own runtime. Raises MissingExtra."""
+        ...
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """What a source is, besides a `Source`, that holds the program of an encoder."""
+
+    @property
+    def tolerance(self) -> float:
+        """Error of an output, as a share of its root mean square, above which something is wrong."""
+        ...
+
+    def outputs(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The program's outputs, by name. Raises MissingExtra."""
         ...
 
 

@@ -7,21 +7,22 @@ which numbers, `graph` how all that is spelled; `genai` describes it to onnxrunt
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.onnx import genai
+from converters.onnx import genai, traced
 from converters.onnx.decoder import write
 from converters.onnx.families import Decoder, family
+from converters.onnx.folder import ABOUT, DATA, MODEL, companions
 from converters.onnx.fused import Fused
 from converters.onnx.graph import Graph
 from converters.onnx.installed import check_operators
 from converters.onnx.portable import Portable
 from converters.onnx.precisions import Settings, settings
 from edgeport.codecs import nbits
+from edgeport.encoders import encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, about
 from edgeport.registry import codec
 from edgeport.seams import FileLayout, Source, Target
@@ -29,10 +30,6 @@ from edgeport.tensor import HEAD, Arrangement, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MODEL, DATA = "model.onnx", "model.onnx.data"
-ABOUT = "edgeport"
-"""The key of the model's metadata under which its settings stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +57,7 @@ class OnnxSink:
 
     def finish(self, staging: Path) -> None:
         """Copy tokenizer files verbatim; write what config.json and genai_config.json have to say of this output."""
-        for name, path in {**self.source.assets(staging), **self.target.assets}.items():
-            if path.parent != staging:
-                shutil.copyfile(path, staging / name)
-        config = {key: value for key, value in self.target.config.items() if key != "quantization_config"}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config = companions(self.source, self.target, staging)
         described = genai.config(config, generation(staging), self.decoder, self.settings, MODEL)
         (staging / "genai_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
@@ -110,13 +103,15 @@ class Onnx:
 
         return open_folder(path)
 
-    def sink(self, source: Source, target: Target) -> OnnxSink:
+    def sink(self, source: Source, target: Target) -> OnnxSink | traced.TracedSink:
         given = target.imatrix or target.tensor_types or target.max_shard_bytes
         if given:
             raise ConvertError("--imatrix, --tensor-type and --max-shard-size are not for --to onnx")
         if target.formats:
             raise ConvertError("no single weight of an ONNX graph is promoted; --output-tensor-type gives the head more bits")
         chosen = settings(target, source)
+        if found := encoder(target.config):
+            return traced.sink(found, source, target, chosen)
         decoder = family(target.config).decoder(target.config)
         return OnnxSink(source, target, decoder, chosen)
 

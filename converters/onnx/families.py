@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converters.rotary import frequencies, rotary_settings
+from edgeport.encoders import ENCODERS
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, HEAD
 
@@ -209,5 +210,5 @@ def family(config: Config) -> Family:
         if entry.architecture in classes or (not classes and config.get("model_type") == entry.name):
             return entry
     named = ", ".join(map(str, classes)) or config.get("model_type") or "a config.json without architectures"
-    known = ", ".join(entry.architecture for entry in FAMILIES)
+    known = f"{', '.join(entry.architecture for entry in FAMILIES)}, and encoders of type {', '.join(ENCODERS)}"
     raise UnsupportedArchitecture(f"there is no ONNX graph for {named}; supported: {known}")

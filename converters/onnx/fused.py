@@ -13,13 +13,9 @@ import numpy as np
 from converters.onnx.decoder import IDS, MASK, PAST, PRESENT
 from converters.onnx.families import QUERY_KEY_VALUE, Decoder
 from converters.onnx.graph import MICROSOFT, Graph
-from converters.onnx.matrices import Matrix, matrix
-from edgeport.codecs.nbits import Blocks
+from converters.onnx.matrices import matrix
 from edgeport.errors import UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, Weight
-
-ACCURACY = 4
-"""Of products with 4 and 8 bit matrices: activations are rounded to 8 bits, in blocks."""
 
 HEAD_MULTIPLE = 16
 
@@ -63,40 +59,21 @@ class Fused:
 
     def embed(self) -> str:
         graph, table = self.graph, matrix(self.graph, self.weights, [EMBEDDING.removesuffix(".weight")])
-        blocks = table.blocks
-        if blocks is None:
+        if table.blocks is None:
             format = table.weights[0].format
             rows = graph("Gather", table.view("data", format, [table.rows, table.columns]), IDS)
             return rows if format == self.kind else graph.cast(rows, self.kind)
-        bytes_a_row = table.columns * blocks.bits // 8
-        inputs = [table.view("codes", "U8", [table.rows, bytes_a_row], ".rows"), IDS, table.scales()]
-        inputs += [self.zeros(table, blocks)] if not blocks.symmetric else []
-        return graph(
-            "GatherBlockQuantized", *inputs, domain=MICROSOFT, bits=blocks.bits, block_size=blocks.size, gather_axis=0,
-            quantize_axis=1,
-        )  # fmt: skip
+        return table.quantized_rows(IDS)
 
     def linear(self, value: str, modules: Sequence[str], out: str = "") -> str:
         graph, layers = self.graph, matrix(self.graph, self.weights, modules)
         bias = ""
         if self.decoder.has_bias(modules[0]):
             bias = matrix(graph, self.weights, modules, "bias").view("data", self.kind, [layers.rows])
-        blocks = layers.blocks
-        if blocks is None:
-            product = graph("FusedMatMul", value, layers.plain(self.kind), out="" if bias else out, domain=MICROSOFT, transB=1)
-            return graph("Add", product, bias, out=out) if bias else product
-        codes = layers.view("codes", "U8", [layers.rows, layers.count, blocks.size * blocks.bits // 8])
-        zeros = "" if blocks.symmetric else self.zeros(layers, blocks)
-        inputs = [value, codes, layers.scales(), zeros, "", bias]
-        while not inputs[-1]:
-            inputs.pop()
-        return graph(
-            "MatMulNBits", *inputs, out=out, domain=MICROSOFT, K=layers.columns, N=layers.rows, bits=blocks.bits,
-            block_size=blocks.size, accuracy_level=ACCURACY,
-        )  # fmt: skip
-
-    def zeros(self, layers: Matrix, blocks: Blocks) -> str:
-        return layers.view("zeros", "U8", [layers.rows, -(-layers.count * blocks.bits // 8)])
+        if layers.blocks:
+            return layers.quantized_product(value, bias, out)
+        product = graph("FusedMatMul", value, layers.plain(self.kind), out="" if bias else out, domain=MICROSOFT, transB=1)
+        return graph("Add", product, bias, out=out) if bias else product
 
     def norm(self, value: str, module: str) -> str:
         return self.graph("SimplifiedLayerNormalization", value, self.gain(module), axis=-1, epsilon=self.decoder.epsilon)

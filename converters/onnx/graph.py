@@ -25,6 +25,7 @@ TYPES = {"F32": 1, "U8": 2, "I8": 3, "I64": 7, "I32": 6, "F16": 10, "BF16": 16, 
 class Graph:
     """Values are named by strings, and every method that adds a node returns the name of its first output."""
 
+    name: str = "decoder"
     nodes: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
@@ -98,7 +99,7 @@ class Graph:
             for key, value in (("location", data_file), ("offset", begin), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             initializers.append(tensor)
-        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, initializers)
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers)
         domains = {node.domain for node in self.nodes}
         opsets = [helper.make_opsetid("", OPSET)] + [helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)] * (MICROSOFT in domains)
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgeport")

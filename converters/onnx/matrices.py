@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from converters.onnx.graph import Graph
+from converters.onnx.graph import MICROSOFT, Graph
 from edgeport.codecs.nbits import Blocks
 from edgeport.errors import MissingTensor
 from edgeport.tensor import Weight
+
+ACCURACY = 4
+"""Of products with 4 and 8 bit matrices: activations are rounded to 8 bits, in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,35 @@ class Matrix:
 
     def scales(self) -> str:
         return self.view("scales", self.blocks.scale if self.blocks else "F32", [self.rows, self.count])
+
+    def quantized_product(self, value: str, bias: str = "", out: str = "") -> str:
+        """onnxruntime's product of activations with such a matrix."""
+        assert self.blocks
+        codes = self.view("codes", "U8", [self.rows, self.count, self.blocks.size * self.blocks.bits // 8])
+        inputs = [value, codes, self.scales(), self.zeros(), "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        return self.graph(
+            "MatMulNBits", *inputs, out=out, domain=MICROSOFT, K=self.columns, N=self.rows, bits=self.blocks.bits,
+            block_size=self.blocks.size, accuracy_level=ACCURACY,
+        )  # fmt: skip
+
+    def quantized_rows(self, ids: str, out: str = "") -> str:
+        """onnxruntime's look-up in such a table."""
+        assert self.blocks
+        codes = self.view("codes", "U8", [self.rows, self.columns * self.blocks.bits // 8], ".rows")
+        inputs = [codes, ids, self.scales(), *([] if self.blocks.symmetric else [self.zeros()])]
+        return self.graph(
+            "GatherBlockQuantized", *inputs, out=out, domain=MICROSOFT, bits=self.blocks.bits, block_size=self.blocks.size,
+            gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def zeros(self) -> str:
+        """"" where all blocks share one."""
+        assert self.blocks
+        if self.blocks.symmetric:
+            return ""
+        return self.view("zeros", "U8", [self.rows, -(-self.count * self.blocks.bits // 8)])
 
 
 def matrix(graph: Graph, weights: Mapping[str, Weight], modules: Sequence[str], kind: str = "weight") -> Matrix:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from edgeport.codecs.nbits import BLOCK_SIZES, Blocks
@@ -105,6 +105,5 @@ def settings(target: Target, source: Source) -> Settings:
 
 def read_settings(text: str) -> Settings:
     """Settings as `to_json` wrote them. Raises TypeError, ValueError."""
-    fields: dict[str, Any] = json.loads(text)
-    del fields["positions"]
-    return Settings(**fields)
+    told: dict[str, Any] = json.loads(text)
+    return Settings(**{name: value for name, value in told.items() if name in {each.name for each in fields(Settings)}})

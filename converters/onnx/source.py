@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.hf import asset_files
-from converters.onnx import ABOUT, DATA, MODEL, described, placed
+from converters.onnx import described, placed
 from converters.onnx.families import family
+from converters.onnx.folder import ABOUT, DATA, MODEL
 from converters.onnx.precisions import PRECISIONS, Settings, read_settings
+from converters.onnx.traced import TRACED
+from converters.onnx.traced_source import TracedSource, open_traced
 from edgeport.checkpoint import read_json, read_range
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, need
 from edgeport.registry import codec
@@ -85,7 +89,7 @@ class Executed:
         return hidden[..., rows.start : rows.stop]
 
 
-def open_folder(path: Path) -> OnnxSource:
+def open_folder(path: Path) -> OnnxSource | TracedSource:
     """Raises NotACheckpoint for another program's ONNX, CorruptCheckpoint."""
     if not (path / "config.json").is_file():
         raise NotACheckpoint(f"{path} has a {MODEL} and no config.json: it is not an output of edgeport, or not a whole one")
@@ -96,6 +100,8 @@ def open_folder(path: Path) -> OnnxSource:
             f"{path / MODEL} was not written by edgeport, which reads ONNX of its own alone; give the model that it was made of"
         )
     places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer}
+    if TRACED in json.loads(about):
+        return open_traced(path, config, model, json.loads(about))
     decoder = family(config).decoder(config)
     names = [name for name in decoder.names() if name != HEAD or HEAD in places or not decoder.tied]
     try:

@@ -7,6 +7,9 @@ from collections.abc import Container
 
 PEFT_PREFIX = "base_model.model."
 
+ENCODERS = ("albert", "beit", "bert", "deberta", "deit", "dinov2", "distilbert", "electra", "mpnet", "roberta", "vit")
+"""What transformers' classes with a task call the encoder that another class is alone."""
+
 # A fine-tune saved by one version of transformers, and a base saved by another or by a sub-model class, spell the
 # same weight with these differences (transformers 5: `conversion_mapping`, `_checkpoint_conversion_mapping`).
 RENAMES: tuple[tuple[str, str], ...] = (
@@ -21,13 +24,37 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^", r"transformer."),
     (r"\.gamma$", r".weight"),
     (r"\.beta$", r".bias"),
+    *((rf"^{prefix}\.", r"") for prefix in ENCODERS),
+    *((r"^", rf"{prefix}.") for prefix in ENCODERS),
+)
+# transformers 5 renames the modules of image encoders as it loads them, and back as it saves them: an adapter has the new
+# names and a checkpoint the old ones. Each list is applied as a whole.
+ATTENTION = (
+    (r"\.attention\.q_proj\.", r".attention.attention.query."),
+    (r"\.attention\.k_proj\.", r".attention.attention.key."),
+    (r"\.attention\.v_proj\.", r".attention.attention.value."),
+    (r"\.attention\.o_proj\.", r".attention.output.dense."),
+)
+SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (),
+    ATTENTION,
+    (
+        *ATTENTION,
+        (r"(^|\.)layers\.", r"\1encoder.layer."),
+        (r"\.mlp\.fc1\.", r".intermediate.dense."),
+        (r"\.mlp\.fc2\.", r".output.dense."),
+    ),
 )
 
 
 def resolve(name: str, known: Container[str]) -> str | None:
     """The spelling of weight `name` among the base's `known` names, or None."""
-    for pattern, replacement in RENAMES:
-        candidate = re.sub(pattern, replacement, name, count=1)
-        if candidate in known:
-            return candidate
+    for spelling in SPELLINGS:
+        spelled = name
+        for pattern, replacement in spelling:
+            spelled = re.sub(pattern, replacement, spelled)
+        for pattern, replacement in RENAMES:
+            candidate = re.sub(pattern, replacement, spelled, count=1)
+            if candidate in known:
+                return candidate
     return None

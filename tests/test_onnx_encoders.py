@@ -1,0 +1,280 @@
+"""Encoders: hf to hf and to ONNX, patched and not, against transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401 - once it is loaded, graphs are traced in this process, which is the quicker way for many
+import pytest
+import torch
+import transformers
+from onnx import numpy_helper
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import edgeport
+from bench.bad_input import run
+from edgeport.encoders import ENCODERS, encoder
+from edgeport.errors import BlockMismatch, ConvertError, CorruptCheckpoint, MissingTensor, UnmappedTensor, UnsupportedArchitecture
+from tests.test_onnx import unpacked
+
+TEXT = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "max_position_embeddings": 66, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+IMAGE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32,
+         "patch_size": 8}  # fmt: skip
+WHISPER = {"vocab_size": 320, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+           "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_mel_bins": 16,
+           "max_source_positions": 50, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+           "decoder_start_token_id": 1, "classifier_proj_size": 32}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertModel": ("bert", TEXT), "BertForSequenceClassification": ("bert", TEXT), "BertForMaskedLM": ("bert", TEXT),
+    "ViTModel": ("vit", IMAGE), "ViTForImageClassification": ("vit", IMAGE),
+    "WhisperForConditionalGeneration": ("whisper", WHISPER), "WhisperForAudioClassification": ("whisper", WHISPER),
+    "AlbertModel": ("albert", TEXT | {"embedding_size": 32}), "CamembertModel": ("camembert", TEXT),
+    "DebertaV2Model": ("deberta-v2", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}),
+    "DistilBertModel": ("distilbert", {"vocab_size": 320, "dim": 64, "hidden_dim": 128, "n_layers": 1, "n_heads": 4}),
+    "ElectraModel": ("electra", TEXT | {"embedding_size": 32}),
+    "ModernBertModel": ("modernbert", TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}),
+    "MPNetModel": ("mpnet", TEXT), "RobertaForTokenClassification": ("roberta", TEXT), "XLMRobertaModel": ("xlm-roberta", TEXT),
+    "BeitModel": ("beit", IMAGE), "DeiTModel": ("deit", IMAGE), "Dinov2Model": ("dinov2", IMAGE | {"mlp_ratio": 2}),
+}  # fmt: skip
+QUICK = ("BertForMaskedLM", "ViTForImageClassification", "WhisperForConditionalGeneration")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+Encoders = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    """A function from a class's name to a random model of it, and the folder it is saved in."""
+    place = tmp_path_factory.mktemp("encoders")
+
+    @cache
+    def make(name: str) -> tuple[Path, Any]:
+        model = build(name)
+        model.save_pretrained(place / name)
+        return place / name, model
+
+    return make
+
+
+def build(name: str) -> Any:
+    kind, settings = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **settings)).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data + torch.randn_like(parameter) * 0.1
+    return model
+
+
+def expected(model: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' outputs; of a model with a decoder, the encoder's."""
+    with torch.no_grad():
+        made = (model.get_encoder() if hasattr(model, "proj_out") else model)(**given)
+    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def found(output: Path, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(output / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_outputs()]
+    values = session.run(names, {name: value.numpy() for name, value in given.items()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+
+def error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest, as a share of the output's largest value."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
+
+
+def example(folder: Path, batch: int = 3, length: int = 13) -> dict[str, torch.Tensor]:
+    known = encoder(json.loads((folder / "config.json").read_text()))
+    assert known
+    return known.example({"batch": batch, "length": length})
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert {kind for kind, _ in MODELS.values()} == set(ENCODERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_those_of_transformers(name: str, encoders: Encoders, tmp_path: Path) -> None:
+    folder, model = encoders(name)
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32")
+    given = example(folder)
+    assert error(found(tmp_path / "out", given), expected(model, given)) < 2e-6
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
+
+
+# float32's rounding, but where products round activations to 8 bits
+ROUNDED = [("fp16", 2e-6), ("int4", 0.02), pytest.param("bf16", 2e-6, marks=pytest.mark.slow),
+           pytest.param("int8", 0.02, marks=pytest.mark.slow)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("quant", "most"), ROUNDED)
+def test_outputs_are_those_of_the_stored_numbers(quant: str, most: float, encoders: Encoders, tmp_path: Path) -> None:
+    folder, model = encoders("BertForMaskedLM")
+    receipt = edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant=quant)
+    formats = {fact.weight: fact.stored for fact in receipt.facts}
+    matrix = {"fp16": "F16", "bf16": "BF16", "int8": "NBITS8", "int4": "NBITS4"}[quant]
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert formats[f"{query}.weight"] == formats["bert.embeddings.word_embeddings.weight"] == matrix
+    assert formats[f"{query}.bias"] == "F32"
+    rounded = decoded(tmp_path / "out", bits=int(quant.removeprefix("int")) if "int" in quant else 0)
+    assert rounded.keys() == load_file(folder / "model.safetensors").keys()
+    given = example(folder)
+    twin = deepcopy(model)
+    twin.load_state_dict(rounded, strict=False)  # the tied head has no numbers of its own
+    assert error(found(tmp_path / "out", given), expected(twin, given)) < most
+    assert error(found(tmp_path / "out", given), expected(model, given)) > 1e-4
+
+
+def decoded(output: Path, bits: int) -> dict[str, torch.Tensor]:
+    """What the file holds, by onnx's own reader, and unpacked in plain numpy."""
+    arrays = {}
+    for tensor in onnx.load(output / "model.onnx").graph.initializer:
+        arrays[tensor.name] = numpy_helper.to_array(tensor)
+    weights = {}
+    for name, values in arrays.items():
+        bare = name.removesuffix(".rows")
+        if f"{bare}.scales" in arrays:
+            values = unpacked(values, arrays[f"{bare}.scales"], None, bits, signed=False)
+        if not bare.endswith((".scales", "position_ids")):
+            weights[bare] = torch.from_numpy(np.array(values, np.float32))
+    return weights
+
+
+TARGETS = {
+    "BertForSequenceClassification": (["query", "value", "dense"], ["classifier"]),
+    "ViTForImageClassification": (["q_proj", "v_proj", "o_proj", "fc1", "fc2"], ["classifier"]),
+    "WhisperForConditionalGeneration": (r".*\.encoder\..*\.(q_proj|v_proj|out_proj|fc1|fc2)", None),
+}
+
+
+def lora(name: str, folder: Path) -> Any:
+    """A patch on a random model, saved in `folder`; PEFT's own merge of it."""
+    targets, saved = TARGETS[name]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved, bias="lora_only")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        tuned = get_peft_model(build(name), config)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data + torch.randn_like(parameter) * 0.1
+    tuned.save_pretrained(folder)
+    return tuned.merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_ported_patch_is_what_peft_merges(name: str, encoders: Encoders, tmp_path: Path) -> None:
+    folder, model = encoders(name)
+    merged = lora(name, tmp_path / "patch")
+    edgeport.port(patch=tmp_path / "patch", new_base=folder, output=tmp_path / "hf")
+    merged.save_pretrained(tmp_path / "merged")
+    ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "merged"))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-6
+    edgeport.port(patch=tmp_path / "patch", new_base=folder, output=tmp_path / "onnx", to="onnx")
+    given = example(folder)
+    assert error(found(tmp_path / "onnx", given), expected(merged, given)) < 2e-6
+    assert error(found(tmp_path / "onnx", given), expected(model, given)) > 1e-2
+    # the reference runs in blocks, by transformers' code
+    assert edgeport.liken(tmp_path / "onnx", tmp_path / "merged").distance < 2e-6
+    assert edgeport.liken(tmp_path / "onnx", folder).distance > 1e-2
+
+
+def test_a_patch_on_what_the_graph_leaves_out_is_refused(encoders: Encoders, tmp_path: Path) -> None:
+    tuned = get_peft_model(build("WhisperForConditionalGeneration"), LoraConfig(target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path / "patch")
+    base = encoders("WhisperForConditionalGeneration")[0]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UnmappedTensor, match=r"the patch changes model\.decoder\.layers\.0\..*does not compute with"):
+        edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out", to="onnx")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_are_left_out_are_named(encoders: Encoders, tmp_path: Path) -> None:
+    plan = edgeport.plan(new_base=encoders("WhisperForConditionalGeneration")[0], output=tmp_path / "out", to="onnx")
+    assert any("weights that the graph does not compute with are left out (model.decoder." in note for note in plan.notes)
+    assert not any("decoder" in step.target.name for step in plan.steps)
+
+
+def test_an_output_reads_back_and_is_the_same_every_time(encoders: Encoders, tmp_path: Path) -> None:
+    """Traced in a process of its own, and in this one."""
+    folder = encoders("BertForMaskedLM")[0]
+    edgeport.export(model=folder, output=tmp_path / "one", to="onnx", quant="int8")
+    command = [sys.executable, "-m", "edgeport", "export", str(folder), "-o", str(tmp_path / "two"), "--to", "onnx", "-p", "int8"]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert str(Path(transformers.__file__).parent).encode() not in (tmp_path / "one" / "model.onnx").read_bytes()
+    assert not (tmp_path / "one" / "genai_config.json").exists()
+    edgeport.verify(tmp_path / "two")
+    edgeport.export(model=tmp_path / "two", output=tmp_path / "back", to="hf", quant="f32")
+    back, rounded = load_file(tmp_path / "back" / "model.safetensors"), decoded(tmp_path / "one", 8)
+    assert back.keys() == rounded.keys()
+    assert all(torch.equal(back[name], rounded[name]) for name in back)
+    told = run(["verify", str(tmp_path / "two"), "--against", str(folder)])
+    assert told.code == 0 and "logits 0.0" in told.output
+    told = run(["verify", str(tmp_path / "two"), "--against", str(folder), "--max-kl", "0.1"])
+    assert told.code == 2 and "leave off --max-kl" in told.error
+
+
+def test_verify_fails_where_the_outputs_are_others(encoders: Encoders, tmp_path: Path) -> None:
+    folder = encoders("ViTForImageClassification")[0]
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    weights["vit.encoder.layer.0.attention.output.dense.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    told = run(["verify", str(tmp_path / "out"), "--against", str(other)])
+    assert told.code == 1 and "the largest error" in told.error and "above the tolerance of its precision" in told.error
+
+
+def changed(folder: Path, place: Path, **settings: Any) -> Path:
+    """The same model under another config.json."""
+    place.mkdir()
+    (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | settings))
+    return place
+
+
+def test_bad_input_is_refused_before_a_byte_is_written(encoders: Encoders, tmp_path: Path) -> None:
+    base, image = (encoders(name)[0] for name in ("BertForMaskedLM", "ViTForImageClassification"))
+    cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (changed(base, tmp_path / "a", architectures=["T5Model"], model_type="t5"), {}, UnsupportedArchitecture,
+         r"no ONNX graph for T5Model; supported: LlamaForCausalLM.*encoders of type albert, bert, .*whisper"),
+        (changed(base, tmp_path / "b", is_decoder=True), {}, UnsupportedArchitecture, "is_decoder is set"),
+        (changed(base, tmp_path / "c", architectures=["BertForPoetry"]), {}, UnsupportedArchitecture,
+         "no model class BertForPoetry"),
+        (changed(base, tmp_path / "d", num_hidden_layers=2), {}, MissingTensor,
+         r"lacks bert\.encoder\.layer\.1\..* and \d+ more"),
+        (changed(base, tmp_path / "e", intermediate_size=96), {}, CorruptCheckpoint,
+         r"shape \[128, 64\] where config.json says \[96, 64\]"),
+        (base, {"quant": "int4", "block_size": 128}, BlockMismatch, "give --block-size 16 or 32 or 64"),
+        (base, {"execution_provider": "cuda", "quant": "fp16"}, ConvertError, "leave off --execution-provider"),
+        (base, {"quant": "int4", "portable": True}, ConvertError, "give --quant fp16 with --portable"),
+        (changed(image, tmp_path / "f", image_size=40), {}, CorruptCheckpoint,
+         r"position_embeddings: it has shape \[1, 17, 64\]"),
+    ]  # fmt: skip
+    before = sorted(tmp_path.iterdir())
+    for folder, options, kind, sentence in cases:
+        with pytest.raises(kind, match=sentence):
+            edgeport.export(model=folder, output=tmp_path / "out", to="onnx", **options)
+        assert sorted(tmp_path.iterdir()) == before
