@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -26,7 +27,7 @@ import edgeport
 from bench.bad_input import run
 from converters.onnx.installed import unknown
 from converters.rotary import frequencies, rotary_settings
-from edgeport.errors import ConvertError, NotACheckpoint, UnknownName
+from edgeport.errors import ConvertError, EdgeportError, NotACheckpoint, UnknownName
 from edgeport.runtime import Runner
 
 if TYPE_CHECKING:
@@ -275,6 +276,32 @@ def test_an_output_is_whole_and_the_same_every_time(tiny_llama: TinyLlama, tmp_p
     told = json.loads((tmp_path / "one" / "genai_config.json").read_text())["model"]
     assert (told["type"], told["context_length"], told["eos_token_id"], told["vocab_size"]) == ("llama", 128, 2, 320)
     assert told["decoder"]["inputs"]["past_key_names"] == "past_key_values.%d.key"
+
+
+def test_an_importance_matrix_weighs_the_errors_of_int4(families: Families, tmp_path: Path) -> None:
+    folder, model = families("llama")
+    drawn = np.random.default_rng(3)
+    entries = {f"blk.{layer}.ffn_down.weight": drawn.uniform(0, 1, 128).astype(np.float32) ** 8 for layer in range(3)}
+    matrix = tmp_path / "imatrix.dat"
+    stored = [struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, 128) + values.tobytes()
+              for name, values in entries.items()]  # fmt: skip
+    matrix.write_bytes(struct.pack("<i", len(entries)) + b"".join(stored))
+    errors = []
+    for place, options in (("plain", {}), ("weighed", {"imatrix": matrix})):
+        edgeport.export(model=folder, output=tmp_path / place, to="onnx", quant="int4", portable=True, **options)
+        weights = stored_weights(tmp_path / place, model, 4)
+        assert error(found(tmp_path / place), expected(model, weights)) < 2e-6
+        off = [(weights[f"model.layers.{n}.mlp.down_proj.weight"] - model.model.layers[n].mlp.down_proj.weight).square()
+               @ torch.from_numpy(entries[f"blk.{n}.ffn_down.weight"]) for n in range(3)]  # fmt: skip
+        errors.append(torch.cat(off).sum().item())
+    assert errors[1] < 0.9 * errors[0]
+    for quant, path, sentence in (
+        ("int8", matrix, "--imatrix weighs the errors of int4, and the output is to be int8"),
+        ("int4", folder / "config.json", "no importance matrix"),
+    ):
+        with pytest.raises(EdgeportError, match=sentence):
+            edgeport.export(model=folder, output=tmp_path / "refused", to="onnx", quant=quant, imatrix=path)
+        assert not (tmp_path / "refused").exists()
 
 
 def test_bf16_weights_are_copied_byte_for_byte(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ def test_bad_input_is_refused_before_a_byte_is_written(encoders: Encoders, tmp_p
          r"shape \[128, 64\] where config.json says \[96, 64\]"),
         (base, {"quant": "int4", "block_size": 128}, BlockMismatch, "give --block-size 16 or 32 or 64"),
         (base, {"execution_provider": "cuda", "quant": "fp16"}, ConvertError, "leave off --execution-provider"),
+        (base, {"quant": "int4", "imatrix": tmp_path / "a" / "config.json"}, ConvertError, "leave off --imatrix"),
         (base, {"quant": "int4", "portable": True}, ConvertError, "give --quant fp16 with --portable"),
         (changed(image, tmp_path / "f", image_size=40), {}, CorruptCheckpoint,
          r"position_embeddings: it has shape \[1, 17, 64\]"),

@@ -20,7 +20,7 @@ from converters.onnx.fused import Fused
 from converters.onnx.graph import Graph
 from converters.onnx.installed import check_operators
 from converters.onnx.portable import Portable
-from converters.onnx.precisions import Settings, settings
+from converters.onnx.precisions import PRECISIONS, Settings, settings
 from edgeport.codecs import nbits
 from edgeport.encoders import encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, about
@@ -90,6 +90,20 @@ def described(decoder: Decoder, settings: Settings, weights: Mapping[str, Weight
     return graph
 
 
+def importance(source: Source, target: Target, chosen: Settings) -> dict[str, Tensor] | None:
+    """[columns] by weight name, from llama.cpp's file with its own names. Raises ConvertError, SourceError."""
+    if target.imatrix is None:
+        return None
+    if all(PRECISIONS[name].bits != 4 for name in (chosen.precision, chosen.head, chosen.embedding)):
+        raise ConvertError(f"--imatrix weighs the errors of int4, and the output is to be {chosen.precision}; leave it off")
+    import torch
+
+    from converters.gguf import families, importance_matrix, tensor_names
+
+    names = tensor_names(source, families.family(target.config), target.config)
+    return {name: torch.from_numpy(values) for name, values in importance_matrix(target.imatrix, names).items()}
+
+
 class Onnx:
     name = "onnx"
     reads = True
@@ -104,16 +118,15 @@ class Onnx:
         return open_folder(path)
 
     def sink(self, source: Source, target: Target) -> OnnxSink | traced.TracedSink:
-        given = target.imatrix or target.tensor_types or target.max_shard_bytes
-        if given:
-            raise ConvertError("--imatrix, --tensor-type and --max-shard-size are not for --to onnx")
+        if target.tensor_types or target.max_shard_bytes:
+            raise ConvertError("--tensor-type and --max-shard-size are not for --to onnx")
         if target.formats:
             raise ConvertError("no single weight of an ONNX graph is promoted; --output-tensor-type gives the head more bits")
         chosen = settings(target, source)
         if found := encoder(target.config):
             return traced.sink(found, source, target, chosen)
         decoder = family(target.config).decoder(target.config)
-        return OnnxSink(source, target, decoder, chosen)
+        return OnnxSink(source, target, decoder, chosen, importance=importance(source, target, chosen))
 
 
 converter = Onnx()

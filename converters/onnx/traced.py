@@ -149,6 +149,8 @@ def sink(found: Encoder, source: Source, target: Target, chosen: Settings) -> Tr
     """Raises ConvertError for options that are not for encoders, and what `traced` does."""
     if chosen.provider != "cpu":
         raise ConvertError("an encoder's graph runs on CUDA as on the CPU; leave off --execution-provider")
+    if target.imatrix:
+        raise ConvertError("llama.cpp's importance matrices are of decoders; leave off --imatrix")
     if chosen.portable and any(PRECISIONS[name].bits for name in (chosen.precision, chosen.head, chosen.embedding)):
         raise ConvertError("an encoder's int4 and int8 take onnxruntime's own operators; give --quant fp16 with --portable")
     return TracedSink(source, target, traced(found, source), chosen)

@@ -16,7 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.codecs.plain import TYPES, torch_type
-from edgeport.errors import BlockMismatch, NonFiniteResult, UnknownName
+from edgeport.errors import BlockMismatch, CodecError, NonFiniteResult, UnknownName
 from edgeport.grid import Grid
 from edgeport.seams import Peek
 from edgeport.tensor import Part, TensorSpec, Weight
@@ -28,6 +28,12 @@ FORMATS = {"NBITS4": (4, True), "NBITS4_ZP": (4, False), "NBITS8": (8, True), "N
 """Format name to bits, and whether all blocks share the zero in the middle."""
 BLOCK_SIZES = (16, 32, 64, 128)
 SCALES, ZERO_POINTS = ".scales", ".zero_points"
+SPREADS = {True: (1.0, 0.94, 1.06, 0.88, 1.12), False: (1.0, 0.93, 0.86, 0.79, 0.72)}
+"""Scales that a search tries, as shares of the one that the block's extremes give, for blocks symmetric or not."""
+ROUNDING_ERROR = 1e-5
+"""Share by which one error has to be less than another to be taken for less."""
+PIECES = 4
+"""Into how many pieces a block of rows is cut for the search, so that its temporaries stay small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +80,24 @@ class NBits:
         return self.grid(weight, parts).values()
 
     def encode(self, weight: Weight, matrix: Tensor, importance: Tensor | None) -> Mapping[str, Tensor]:
-        """To nearest. Symmetric: the value of largest magnitude becomes the lowest code, as in ggml's Q4_0, whose blocks
-        therefore come through unchanged. Else the range with 0 in it is spread over all codes. Raises NonFiniteResult."""
+        """To nearest, on the grid that the extremes of a block give. Symmetric: the value of largest magnitude becomes the
+        lowest code, as in ggml's Q4_0, whose blocks therefore come through unchanged. Else the range with 0 in it is spread
+        over all codes. Of 4 bits, the scale is searched where `weights_of` can say what an error matters.
+        Raises NonFiniteResult, CodecError.
+        """
         import torch
 
         how = blocks_of(weight)
-        values = matrix.reshape(-1, how.size)
-        if how.symmetric:
-            low, high = values.amin(1), values.amax(1)
-            scales = torch.where(high > -low, high, low).div_(-how.middle)
-        else:
-            low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
-            scales = (high - low).div_((1 << how.bits) - 1)
+        found = [
+            searched(values, weights_of(values, importance, how), how)
+            for values in torch.split(matrix, max(-(-len(matrix) // PIECES), 1))
+        ]
+        scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
         stored = scales.to(torch_type(how.scale))
         scales = stored.float()
         if not bool(scales.isfinite().all()):
             raise NonFiniteResult(f"a scale does not fit {how.scale}; use --quant bf16 or f32")
-        inverse = scales.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # of a block of zeros
-        zeros = torch.full_like(scales, how.middle) if how.symmetric else (low * inverse).neg_().round_()
-        zeros.clamp_(0, (1 << how.bits) - 1)
-        codes = (values * inverse.unsqueeze(1)).add_(zeros.unsqueeze(1)).round_().clamp_(0, (1 << how.bits) - 1).to(torch.uint8)
+        codes = coded(matrix.reshape(-1, how.size), scales, zeros, how).to(torch.uint8)
         parts = {"codes": _stored(codes.view(-1), how), "scales": stored.view(torch.uint8)}
         return parts if how.symmetric else parts | {"zeros": _paired(zeros.to(torch.uint8).view(len(matrix), -1), how.bits)}
 
@@ -115,6 +119,84 @@ class NBits:
 
 
 codec = NBits()
+
+
+def extremes(values: Tensor, how: Blocks) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each block of float32 `values` [blocks, size], from its extremes."""
+    import torch
+
+    if how.symmetric:
+        low, high = values.amin(1), values.amax(1)
+        scales = torch.where(high > -low, high, low).div_(-how.middle)
+        return scales, torch.full_like(scales, how.middle)
+    low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
+    scales = (high - low).div_((1 << how.bits) - 1)
+    return scales, zero_points(low, scales, how)
+
+
+def zero_points(low: Tensor, scales: Tensor, how: Blocks) -> Tensor:
+    """The codes of 0 where `low` is to have code 0."""
+    return (low * inverted(scales)).neg_().round_().clamp_(0, (1 << how.bits) - 1)
+
+
+def inverted(scales: Tensor) -> Tensor:
+    """1 / scale; 0 of a block of zeros."""
+    return scales.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def coded(values: Tensor, scales: Tensor, zeros: Tensor, how: Blocks) -> Tensor:
+    """The nearest codes, as float32 [blocks, size]."""
+    codes = (values * inverted(scales).unsqueeze(1)).add_(zeros.unsqueeze(1))
+    return codes.round_().clamp_(0, (1 << how.bits) - 1)
+
+
+def weights_of(values: Tensor, importance: Tensor | None, how: Blocks) -> Tensor | None:
+    """What the square of an error matters, for each of float32 `values` [rows, columns]; None: not worth a search.
+
+    With importance as ggml weighs it (`quantize_row_q4_0_impl`), else by the value's own square, where blocks have zero
+    points: symmetric ones gain nothing by that on a real model (bench/results/onnx-int4.txt). Raises CodecError.
+    """
+    if importance is not None and importance.shape != values.shape[1:]:
+        raise CodecError(f"importance has shape {tuple(importance.shape)}, where rows have {values.shape[1]} columns")
+    if how.bits != 4 or (importance is None and how.symmetric):
+        return None
+    squares = values.square()
+    if importance is None:
+        return squares
+    return squares.add_(squares.mean(1, keepdim=True)).sqrt_().mul_(importance.to(values.device, values.dtype))
+
+
+def searched(values: Tensor, weights: Tensor | None, how: Blocks) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each block of float32 `values` [rows, columns]: of some spreads of the codes the one whose
+    weighted squared error is least, each with the scale that is best for its codes.
+
+    For codes c relative to the zero point that scale is sum(w v c) / sum(w c^2), and it takes sum(w v c)^2 / sum(w c^2)
+    off the error. What lies on a grid keeps it, to the bit. Source: ggml-quants.c `make_qx_quants`.
+    """
+    import torch
+
+    values = values.reshape(-1, how.size)
+    first, zeros = extremes(values, how)
+    if weights is None:
+        return first, zeros
+    weights = weights.view(-1, how.size)
+    low = values.amin(1).clamp_(max=0)
+    best = torch.zeros_like(first)
+    scales = first.clone()
+    for spread in SPREADS[how.symmetric]:
+        tried = first * spread
+        middle = zeros if how.symmetric else zero_points(low, tried, how)
+        codes = coded(values, tried, middle, how).sub_(middle.unsqueeze(1))
+        weighted = codes * weights
+        square, product = (weighted * codes).sum(1), (weighted * values).sum(1)
+        if spread == 1:
+            best, chosen = 2 * tried * product - tried.square() * square, middle.clone()
+        gain = (product.square() / square).nan_to_num_(0.0)
+        better = gain > best * (1 + ROUNDING_ERROR)
+        best = torch.where(better, gain, best)
+        scales = torch.where(better, product / square, scales)
+        chosen = torch.where(better, middle, chosen)
+    return scales, chosen
 
 
 def lay_out(name: str, shape: tuple[int, ...], how: Blocks) -> Weight:
