@@ -1,12 +1,11 @@
-"""ONNX outputs: how right, how small to make, how fast to run, beside onnxruntime-genai's builder and llama.cpp.
+"""ONNX outputs: how right, and how fast to run, beside onnxruntime-genai's builder and llama.cpp.
 
-`python -m bench.onnx_models [logits] [memory] [speed] [cuda] [-o results.json]` (default: the first three)
+`python -m bench.onnx_models [logits] [speed] [cuda] [-o results.json]` (default: the first two)
 
 logits  every family and precision on tiny random models, and the real one, against transformers: text in two chunks, then
         twenty tokens one by one; largest error as a share of the largest logit, mean KL in nats, top-1 agreement
-memory  peak (VmHWM of a process of its own) of an export in bf16, int8 and int4, above what the imports take
 speed   milliseconds a token on the real model, the programs taking turns token by token
-cuda    the last two on a CUDA device, in half precision: logits against transformers' in fp32, milliseconds a token and a
+cuda    both on a CUDA device, in half precision: logits against transformers' in fp32, milliseconds a token and a
         prompt, beside the builder's graphs and transformers; --model names another model than the packaged one
 """
 
@@ -21,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -31,8 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgeport
-from bench.memory import smollm_tokenizer
-from bench.shapes import Shape, write_model
 from edgeport.demo import packaged_model
 from edgeport.report import table
 from edgeport.runtime import Runner
@@ -59,36 +55,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "int4, zero points": {"quant": "int4", "asymmetric": True},
     "int4, head int8": {"quant": "int4", "output_tensor_type": "int8"},
 }  # fmt: skip
-SHAPES = {
-    "0.14 B": Shape(576, 30, 1536, 49152, 9, 3),
-    "1 B": Shape(2048, 16, 8192, 49152, 32, 8),
-    "3 B": Shape(3072, 28, 8192, 49152, 24, 8),
-}
-BUILT = ("0.14 B",)
-"""What the builder is given too: it holds whole models, 8 GB for one of 1 B."""
 BUILDER = """
 import runpy, sys
 options = zip(("-i", "-o", "-p", "-c", "-e"), sys.argv[1:])
 sys.argv = ["builder", "-m", "model", *(word for pair in options for word in pair)]
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 """
-EXPORTER = """
-import sys, torch, numpy, onnx, onnxruntime
-import edgeport.api, edgeport.run
-from edgeport.registry import codecs, converters, patch_kinds
-codecs(), converters(), patch_kinds()
-from edgeport.memory import peak_bytes
-imports = peak_bytes()
-edgeport.api.export(model=sys.argv[1], output=sys.argv[2], to="onnx", quant=sys.argv[3])
-sys.stderr.write(f"imports {imports}\\n")
-"""
-"""Both end with the peak that `REPORT` adds."""
-REPORT = """
-line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-sys.stderr.write(f"peak {int(line.split()[1]) * 1024}\\n")
-"""
-
-
 def text(vocabulary: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(3, vocabulary, (1, FIRST + SECOND + SINGLE))
 
@@ -143,34 +115,12 @@ def logits(scratch: Path) -> Iterator[dict[str, Any]]:
             yield {"model": name, "precision": way, "error": error, "kl": kl, "top1": same}
 
 
-def child(script: str, *arguments: str) -> dict[str, int]:
-    """The bytes that a Python process says on stderr. Raises CalledProcessError."""
-    done = subprocess.run([sys.executable, "-c", script + REPORT, *arguments], capture_output=True, text=True)
+def build_with_genai(*arguments: str) -> None:
+    """Model, output, precision, cache, execution provider. Raises CalledProcessError."""
+    done = subprocess.run([sys.executable, "-c", BUILDER, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
-    found = (line.split() for line in done.stderr.splitlines() if line.startswith(("peak ", "imports ")))
-    return {name: int(count) for name, count in found}
-
-
-def memory(scratch: Path) -> Iterator[dict[str, Any]]:
-    tokenizer = smollm_tokenizer(scratch / "tokenizer")
-    for name, shape in SHAPES.items():
-        base = write_model(shape, scratch / name.replace(" ", ""), tokenizer)
-        for quant in ("bf16", "int8", "int4"):
-            began = time.perf_counter()
-            found = child(EXPORTER, str(base), str(scratch / "out"), quant)
-            seconds = time.perf_counter() - began
-            graph = (scratch / "out" / "model.onnx").stat().st_size
-            remove(scratch / "out")
-            yield {"shape": name, "program": "edgeport", "precision": quant, "seconds": seconds, "graph": graph, **found}
-        if name in BUILT and find_spec("onnxruntime_genai"):
-            began = time.perf_counter()
-            found = child(BUILDER, str(base), str(scratch / "out"), "int4", str(scratch / "cache"), "cpu")
-            seconds = time.perf_counter() - began
-            yield {"shape": name, "program": "genai builder", "precision": "int4", "seconds": seconds, **found}
-            remove(scratch / "out")
-        remove(base)
 
 
 def remove(folder: Path) -> None:
@@ -183,40 +133,50 @@ def remove(folder: Path) -> None:
 class Racer:
     name: str
     step: Callable[[int], object]
+    pace: str
+    """Of the program that it is compared with."""
 
 
 def speed(scratch: Path, tokens: int = 60) -> Iterator[dict[str, Any]]:
-    """Each program in turn makes a token, so that whatever else the machine does falls on all alike."""
+    """Each program in turn makes two tokens, there and back again, so that whatever else the machine does falls on all
+    alike; the ratio is the median over the turns. Processor time tells more than the clock where cores are shared.
+    """
     real = scratch / "hf"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
     edgeport.export(model=real, output=scratch / "Q4_K_M.gguf", to="gguf", quant="Q4_K_M")
-    graphs = {}
     for quant in ("fp32", "int8", "int4"):
-        graphs[f"edgeport {quant}"] = scratch / quant
         edgeport.export(model=real, output=scratch / quant, to="onnx", quant=quant)
-        graphs[f"genai builder {quant}"] = scratch / f"genai-{quant}"
-        child(BUILDER, str(real), str(scratch / f"genai-{quant}"), quant, str(scratch / "cache"), "cpu")
+        build_with_genai(str(real), str(scratch / f"genai-{quant}"), quant, str(scratch / "cache"), "cpu")
     for threads in (1, 2):
-        racers = [racer(name, path, threads) for name, path in graphs.items()]
-        racers.append(Racer("llama.cpp Q4_K_M", llama(scratch / "Q4_K_M.gguf", threads)))
+        racers = [
+            racer(program, scratch / f"{prefix}{quant}", threads, f"genai builder {quant}")
+            for quant in ("fp32", "int8", "int4")
+            for program, prefix in ((f"genai builder {quant}", "genai-"), (f"edgeport {quant}", ""))
+        ]
+        racers.append(Racer("llama.cpp Q4_K_M", llama(scratch / "Q4_K_M.gguf", threads), "genai builder int4"))
         wall: dict[str, list[float]] = {each.name: [] for each in racers}
         busy: dict[str, list[float]] = {each.name: [] for each in racers}
         for turn in range(tokens):
-            for each in racers:
+            for each in racers if turn % 2 else racers[::-1]:
                 each.step(100 + turn)  # brings its own weights back into the cache
                 began, used = time.perf_counter(), time.process_time()
                 each.step(200 + turn)
-                wall[each.name].append(time.perf_counter() - began)
-                busy[each.name].append(time.process_time() - used)
+                each.step(300 + turn)
+                wall[each.name].append((time.perf_counter() - began) / 2)
+                busy[each.name].append((time.process_time() - used) / 2)
         for each in racers:
+            ratios = {
+                name: median(ours / theirs for ours, theirs in zip(spent[each.name], spent[each.pace], strict=True))
+                for name, spent in (("ratio", wall), ("cpu_ratio", busy))
+            }
             yield {"program": each.name, "threads": threads, "median": median(wall[each.name]), "least": min(wall[each.name]),
-                   "cpu": median(busy[each.name])}  # fmt: skip
+                   "cpu": median(busy[each.name]), **ratios}  # fmt: skip
 
 
-def racer(name: str, model: Path, threads: int) -> Racer:
+def racer(name: str, model: Path, threads: int, pace: str) -> Racer:
     runner = Runner(model, threads=threads, head_dim=64)
     runner.step(text(40000))
-    return Racer(name, lambda token: runner.step([[token]]))
+    return Racer(name, lambda token: runner.step([[token]]), pace)
 
 
 def llama(model: Path, threads: int) -> Callable[[int], object]:
@@ -250,7 +210,7 @@ def cuda(scratch: Path, model: Path | None = None, tokens: int = 100) -> Iterato
             if program == "edgeport":
                 edgeport.export(model=real, output=output, to="onnx", quant=quant, execution_provider="cuda")
             else:
-                child(BUILDER, str(real), str(output), quant, str(scratch / "cache"), "cuda")
+                build_with_genai(str(real), str(output), quant, str(scratch / "cache"), "cuda")
             runner = Runner(output, provider="cuda", head_dim=peer.config.head_dim)
             error, kl, same = distance(spoken(output, asked, runner), theirs)
             times = timed(runner, peer.config.vocab_size, tokens)
@@ -308,17 +268,13 @@ def shown(found: Mapping[str, Rows]) -> str:
     if rows := found.get("logits"):
         cells = [[r["model"], r["precision"], f"{r['error']:.1e}", f"{r['kl']:.1e}", f"{r['top1']:.0%}"] for r in rows]
         pieces.append(table(["model", "precision", "largest error", "KL", "top-1"], cells))
-    if rows := found.get("memory"):
+    if rows := found.get("speed"):
         cells = [
-            [r["shape"], r["program"], r["precision"], f"{r['peak'] / MIB:.0f} MiB",
-             f"{(r['peak'] - r['imports']) / MIB:.0f} MiB" if "imports" in r else "-",
-             f"{r['graph'] / MIB:.1f} MiB" if "graph" in r else "-", f"{r['seconds']:.0f} s"]
+            [r["program"], str(r["threads"]), *(f"{1e3 * r[key]:.1f}" for key in ("median", "least", "cpu")),
+             f"{r['ratio']:.2f}", f"{r['cpu_ratio']:.2f}"]
             for r in rows
         ]  # fmt: skip
-        pieces.append(table(["shape (bf16)", "program", "to", "peak", "above imports", "graph", "time"], cells))
-    if rows := found.get("speed"):
-        cells = [[r["program"], str(r["threads"]), *(f"{1e3 * r[key]:.1f}" for key in ("median", "least", "cpu"))] for r in rows]
-        pieces.append(table(["program", "threads", "ms a token", "least", "of CPU"], cells))
+        pieces.append(table(["program", "threads", "ms a token", "least", "of CPU", "to the builder", "of CPU"], cells))
     if rows := found.get("cuda"):
         cells = [
             [r["program"], *([f"{r['error']:.1e}", f"{r['kl']:.1e}", f"{r['top1']:.0%}"] if "kl" in r else ["-"] * 3),
@@ -330,7 +286,7 @@ def shown(found: Mapping[str, Rows]) -> str:
     return "\n\n".join(pieces)
 
 
-PARTS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"logits": logits, "memory": memory, "speed": speed}
+PARTS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"logits": logits, "speed": speed}
 
 
 def main() -> None:

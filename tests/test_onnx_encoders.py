@@ -120,8 +120,8 @@ def test_outputs_are_those_of_transformers(name: str, encoders: Encoders, tmp_pa
 
 
 # float32's rounding, but where products round activations to 8 bits
-ROUNDED = [("fp16", 2e-6), ("int4", 0.02), pytest.param("bf16", 2e-6, marks=pytest.mark.slow),
-           pytest.param("int8", 0.02, marks=pytest.mark.slow)]  # fmt: skip
+ROUNDED = [("int4", 0.02), *(pytest.param(quant, most, marks=pytest.mark.slow)
+                             for quant, most in (("fp16", 2e-6), ("bf16", 2e-6), ("int8", 0.02)))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("quant", "most"), ROUNDED)
@@ -140,6 +140,14 @@ def test_outputs_are_those_of_the_stored_numbers(quant: str, most: float, encode
     twin.load_state_dict(rounded, strict=False)  # the tied head has no numbers of its own
     assert error(found(tmp_path / "out", given), expected(twin, given)) < most
     assert error(found(tmp_path / "out", given), expected(model, given)) > 1e-4
+
+
+APART = """
+import sys, edgeport
+edgeport.export(model=sys.argv[1], output=sys.argv[2], to="onnx", quant="int8")
+# what the exporter takes stays out of the process that streams
+assert not {"transformers", "onnxscript"} & sys.modules.keys()
+"""
 
 
 def decoded(output: Path, bits: int) -> dict[str, torch.Tensor]:
@@ -187,7 +195,9 @@ def test_a_ported_patch_is_what_peft_merges(name: str, encoders: Encoders, tmp_p
     ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "merged"))
     assert ours.keys() == theirs.keys()
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-6
-    edgeport.port(patch=tmp_path / "patch", new_base=folder, output=tmp_path / "onnx", to="onnx")
+    receipt = edgeport.port(patch=tmp_path / "patch", new_base=folder, output=tmp_path / "onnx", to="onnx")
+    left = "weights that the graph does not compute with are left out (model.decoder."
+    assert any(left in note for note in receipt.notes) == ("Whisper" in name)
     given = example(folder)
     assert error(found(tmp_path / "onnx", given), expected(merged, given)) < 2e-6
     assert error(found(tmp_path / "onnx", given), expected(model, given)) > 1e-2
@@ -206,18 +216,11 @@ def test_a_patch_on_what_the_graph_leaves_out_is_refused(encoders: Encoders, tmp
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_weights_that_are_left_out_are_named(encoders: Encoders, tmp_path: Path) -> None:
-    plan = edgeport.plan(new_base=encoders("WhisperForConditionalGeneration")[0], output=tmp_path / "out", to="onnx")
-    assert any("weights that the graph does not compute with are left out (model.decoder." in note for note in plan.notes)
-    assert not any("decoder" in step.target.name for step in plan.steps)
-
-
 def test_an_output_reads_back_and_is_the_same_every_time(encoders: Encoders, tmp_path: Path) -> None:
     """Traced in a process of its own, and in this one."""
     folder = encoders("BertForMaskedLM")[0]
     edgeport.export(model=folder, output=tmp_path / "one", to="onnx", quant="int8")
-    command = [sys.executable, "-m", "edgeport", "export", str(folder), "-o", str(tmp_path / "two"), "--to", "onnx", "-p", "int8"]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", APART, folder, tmp_path / "two"], check=True, capture_output=True)
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert str(Path(transformers.__file__).parent).encode() not in (tmp_path / "one" / "model.onnx").read_bytes()
@@ -256,7 +259,7 @@ def changed(folder: Path, place: Path, **settings: Any) -> Path:
 
 
 def test_bad_input_is_refused_before_a_byte_is_written(encoders: Encoders, tmp_path: Path) -> None:
-    base, image = (encoders(name)[0] for name in ("BertForMaskedLM", "ViTForImageClassification"))
+    base = encoders("BertForMaskedLM")[0]
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (changed(base, tmp_path / "a", architectures=["T5Model"], model_type="t5"), {}, UnsupportedArchitecture,
          r"no ONNX graph for T5Model; supported: LlamaForCausalLM.*encoders of type albert, bert, .*whisper"),
@@ -271,8 +274,6 @@ def test_bad_input_is_refused_before_a_byte_is_written(encoders: Encoders, tmp_p
         (base, {"execution_provider": "cuda", "quant": "fp16"}, ConvertError, "leave off --execution-provider"),
         (base, {"quant": "int4", "imatrix": tmp_path / "a" / "config.json"}, ConvertError, "leave off --imatrix"),
         (base, {"quant": "int4", "portable": True}, ConvertError, "give --quant fp16 with --portable"),
-        (changed(image, tmp_path / "f", image_size=40), {}, CorruptCheckpoint,
-         r"position_embeddings: it has shape \[1, 17, 64\]"),
     ]  # fmt: skip
     before = sorted(tmp_path.iterdir())
     for folder, options, kind, sentence in cases:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from converters.onnx.precisions import PRECISIONS, Settings
 from edgeport.aside import ask, here
 from edgeport.codecs import nbits
 from edgeport.encoders import Encoder
-from edgeport.errors import ConvertError, CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
+from edgeport.errors import ConvertError, CorruptCheckpoint, MissingExtra, MissingTensor, UnsupportedArchitecture, about, need
 from edgeport.registry import codec
 from edgeport.seams import FileLayout, Source, Target
 from edgeport.tensor import Weight
@@ -76,8 +77,10 @@ def attribute(node: Any, name: str, default: Any) -> Any:
 def traced(found: Encoder, source: Source) -> Traced:
     """Raises UnsupportedArchitecture, MissingTensor, CorruptCheckpoint, MissingExtra."""
     onnx = need("onnx", "onnx")
-    need("onnxscript", "onnx")
-    need("transformers", "hf")
+    # looked for and not imported, which would take the memory that the process of its own is for
+    for module, extra in (("onnxscript", "onnx"), ("transformers", "hf")):
+        if find_spec(module) is None:
+            raise MissingExtra(f"{module} is not installed: pip install 'edgeport[{extra}]'")
     with TemporaryDirectory() as folder:
         output = Path(folder) / MODEL
         job = {"config": dict(found.config), "names": list(source.weights), "output": str(output)}
