@@ -109,7 +109,10 @@ def load_base(path: Path, device: str = "cpu") -> PreTrainedModel:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A folder's, or that in a GGUF's metadata, which takes transformers some 15 seconds to rebuild."""
-    return AutoTokenizer.from_pretrained(**_where(path))
+    tokenizer = AutoTokenizer.from_pretrained(**_where(path))
+    # transformers before 5.23 takes the token that opens a turn for the one that ends it
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(open_model(path).config["eos_token_id"])
+    return tokenizer
 
 
 def _where(path: Path) -> dict[str, Any]:

@@ -82,6 +82,35 @@ def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) ->
         assert expected.startswith(text) and (text == expected or "\n" in text)
 
 
+@pytest.fixture
+def turning(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
+    """A model that after WRITTEN[0] opens a turn, with the token <s>, and goes on with text in it; in every container."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_llama("turning", vocab=300)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(WRITTEN[0].prompt, return_tensors="pt")["input_ids"]
+    opening, text = tokenizer.bos_token_id, tokenizer(" one")["input_ids"][-1]
+    with torch.no_grad():
+        states = model.model(torch.cat([ids, torch.tensor([[opening]])], 1)).last_hidden_state[0]
+        first, second = states[-2] / states[-2].norm(), states[-1]
+        model.lm_head.weight[opening] = 20 * first
+        model.lm_head.weight[text] = 200 * (second - second @ first * first)
+    model.save_pretrained(folder)
+    written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2)[0, -2:].tolist()
+    assert written == [opening, text]
+    edgeport.export(model=folder, output=tmp_path / "turning.gguf", to="gguf", quant="f32")
+    edgeport.export(model=folder, output=tmp_path / "turning-onnx", to="onnx", quant="f32")
+    return {"hf": folder, "gguf": tmp_path / "turning.gguf", "onnx": tmp_path / "turning-onnx"}
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_an_answer_ends_where_another_turn_begins(container: str, turning: dict[str, Path]) -> None:
+    runner = open_runner(turning[container])
+    assert runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])[0] == ""
+
+
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Path]) -> None:
     import torch

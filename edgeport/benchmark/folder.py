@@ -73,9 +73,13 @@ class FolderRunner:
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
         seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
 
+        controls = set(self.tokenizer.all_special_ids)
+
         def stopped(rows: Tensor, scores: Any, **_: Any) -> Tensor:
             texts = self.tokenizer.batch_decode(rows[:, width:])
-            return torch.tensor([any(one in text.lstrip() for one in stops) for text in texts], device=rows.device)  # type: ignore[no-any-return]
+            stopped_by = [any(one in text.lstrip() for one in stops) for text in texts]
+            over = [last in controls for last in rows[:, -1].tolist()]
+            return torch.tensor([one or other for one, other in zip(stopped_by, over, strict=True)], device=rows.device)  # type: ignore[no-any-return]
 
         with torch.inference_mode():
             rows = self.model.generate(

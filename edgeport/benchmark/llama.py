@@ -64,10 +64,11 @@ class LlamaRunner:
         session.decode(pack.ids, pack.positions, [[tree] for tree in pack.trees], set(pack.wanted))
         written: list[list[int]] = [[] for _ in prompts]
         live = dict(enumerate(pack.wanted))  # prompt to its last token's place in the batch
+        ends = self.llama.llama_vocab_is_eog, self.llama.llama_vocab_is_control
         for step in range(tokens):
             for prompt, place in list(live.items()):
                 token = int(session.logits(place).argmax())
-                if self.llama.llama_vocab_is_eog(self.vocabulary, token):
+                if any(is_end(self.vocabulary, token) for is_end in ends):
                     del live[prompt]
                     continue
                 written[prompt].append(token)

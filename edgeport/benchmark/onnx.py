@@ -24,7 +24,8 @@ class OnnxRunner:
             raise NotACheckpoint(f"{path} has no tokenizer.json to read questions with; copy the base's beside the model")
         self.tokenizer = tokenizer
         ends = source.config.get("eos_token_id") or ()
-        self.ends = [ends] if isinstance(ends, int) else list(ends)
+        controls = (token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
+        self.ends = {*([ends] if isinstance(ends, int) else ends), *controls}
         self.runner = Runner(path, threads=threads())
 
     def encode(self, text: str) -> list[int]:

@@ -67,7 +67,8 @@ class Runner(Protocol):
     def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         """The greedy continuation of each prompt, of so many tokens at most.
 
-        Blanks at its begin aside, it ends soon after the first of the texts `stops`, which may be in it.
+        Blanks at its begin aside, it ends soon after the first of the texts `stops`, which may be in it, and before a
+        control token, of which the text's end is one: what would follow belongs to another turn.
         """
         ...
 
