@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.suite import FEW, QUESTIONS, STAGES, patch_of, write_merged
+from bench.suite import FEW, QUESTIONS, STAGES, journaled, of_rows, patch_of, write
 from bench.train_task import RECIPES
 from edgeport.demo import ADAPTERS, packaged_model
 from edgeport.device import choose
@@ -153,13 +153,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--steps", type=int, help="of every training, in place of the recipes'")
     parser.add_argument("--batch-size", type=int, help="likewise")
-    parser.add_argument("--collect", action="store_true", help="only bring together what has been measured")
+    parser.add_argument("--collect", action="store_true", help="only bring together what has been measured so far")
     arguments = parser.parse_args()
     failed = [] if arguments.collect else run(jobs(arguments), arguments)
-    shards = sorted(path.parent for path in (arguments.output / "shards").glob("*/results.json"))
-    if shards:
+    journal, results = arguments.output / "work" / "journal.jsonl", arguments.output / "results"
+    if journal.exists():
         command = shlex.join(["python", "-m", "bench.full", *(one for one in sys.argv[1:] if one != "--collect")])
-        print(write_merged(shards, arguments.output / "results", command))
+        results.mkdir(exist_ok=True)
+        write(of_rows(journaled(journal, arguments.questions), command, arguments.questions, seed=0), results)
+        print((results / "headline.txt").read_text())
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 

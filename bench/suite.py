@@ -14,17 +14,20 @@ the work folder.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from bench.pages import page_text
 from edgeport.benchmark.command import facts, written
-from edgeport.benchmark.results import EVOLVED, MODELS, OLD, PORTED, Results, Row
-from edgeport.benchmark.suite import Bench, Case, Evolution, Precision
+from edgeport.benchmark.results import EVOLVED, MODELS, OLD, PORTED, TUNED, Results, Row, with_gain_kept
+from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, completed
 from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, child, packaged_model
 from edgeport.memory import in_words
@@ -107,14 +110,32 @@ def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
 
 
 def merged(parts: Iterable[Sequence[Row]]) -> list[Row]:
-    """All rows, in the order of tasks, evolutions and models; of two of the same key the later one."""
+    """All rows, in the order of tasks, evolutions and models; of two of the same key the later one.
+
+    A share of the gain is taken anew, since a base or a refit may be in another part.
+    """
     rows = {row.key: row for part in parts for row in part}
     names = [stage.name for stage in STAGES.values()]
 
     def place(row: Row) -> tuple[int, ...]:
         return list(TASKS).index(row.task), names.index(row.evolution), MODELS.index(row.model), row.patch_seed
 
-    return sorted(rows.values(), key=place)
+    return with_gain_kept(sorted(rows.values(), key=place), Precision.parse(FEW[0]).name)
+
+
+def journaled(journal: Path, questions: int) -> list[Row]:
+    """Every finished row, of tasks too that are not. The old base's serve all evolutions that have read the same text."""
+    found = [(json.loads(key)[-1], Row(**row), right) for key, row, right in map(json.loads, journal.read_text().splitlines())]
+    found = [one for one in found if one[1].total == questions]
+    readers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for text, row, _ in found:
+        readers[text, row.task].add(row.evolution)
+    each = [
+        (replace(row, evolution=evolution), right)
+        for text, row, right in found
+        for evolution in (readers[text, row.task] if row.model in (OLD, TUNED) else [row.evolution])
+    ]
+    return merged([completed(each, Precision.parse(FEW[0]).name)])
 
 
 def main() -> None:
@@ -141,18 +162,21 @@ def main() -> None:
         fresh = measure(key, arguments)
         path = arguments.output / "results.json"
         rows = merged([Results.read(path).rows, fresh] if path.exists() else [fresh])
-        write(Results(command, tasks(rows, arguments.questions, arguments.seed), arguments.seed, rows), arguments.output)
+        write(of_rows(rows, command, arguments.questions, arguments.seed), arguments.output)
     print((arguments.output / "headline.txt").read_text())
 
 
 def write_merged(folders: Sequence[Path], output: Path, command: str) -> str:
-    """One set of results of several, of which the first says machine and versions; returns the headline's table."""
+    """One set of results of several, perhaps of several machines; returns the headline's table."""
     parts = [Results.read(folder / "results.json") for folder in folders]
-    rows = merged(part.rows for part in parts)
+    machines: list[Mapping[str, Any]] = []
+    for part in parts:
+        machines += [one for one in part.machines if one not in machines]
+    rows = merged([replace(row, machine=machines.index(part.machines[row.machine])) for row in part.rows] for part in parts)
     known = {one["name"]: one for part in parts for one in part.tasks}
     output.mkdir(parents=True, exist_ok=True)
     chosen = [known[name] for name in TASKS if name in known]
-    write(Results(command, chosen, parts[0].seed, rows, (), parts[0].machine, parts[0].versions), output)
+    write(Results(command, chosen, parts[0].seed, rows, (), machines), output)
     return (output / "headline.txt").read_text()
 
 
@@ -190,11 +214,13 @@ def spread(rows: Sequence[Row]) -> str:
     return f"{mean(each):.1%}{half}"
 
 
-def tasks(rows: Sequence[Row], questions: int, seed: int) -> list[dict[str, object]]:
-    return [
+def of_rows(rows: Sequence[Row], command: str, questions: int, seed: int) -> Results:
+    """Results of this machine."""
+    tasks = [
         facts(Case(name, asked(name, "test", questions, seed), ""), TASKS[name].title, TASKS[name].source)
         for name in dict.fromkeys(row.task for row in rows)
     ]
+    return Results(command, tasks, seed, rows)
 
 
 if __name__ == "__main__":

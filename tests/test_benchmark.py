@@ -161,9 +161,8 @@ def test_flips_and_kept_gain_by_hand() -> None:
         (PORTED, "bf16"): [True, True, False, False], (REFIT, "bf16"): [True, True, True, False],
         (PORTED, "Q4_0"): [False, True, False, True], (EVOLVED, "Q4_0"): [False, False, False, False],
     }  # fmt: skip
-    rows = [row(*key, answers) for key, answers in right.items()]
-    asked_of = {("t", *key): answers for key, answers in right.items()}
-    found = {(one.model, one.precision): completed(one, rows, asked_of, "bf16") for one in rows}
+    given = [(row(*key, answers), answers) for key, answers in right.items()]
+    found = {(one.model, one.precision): one for one in completed(given, "bf16")}
     assert [found[PORTED, name].negative_flips for name in ("bf16", "Q4_0")] == [1, 2]
     assert [found[PORTED, name].gain_kept for name in ("bf16", "Q4_0")] == [0.5, 0.5]
     assert found[REFIT, "bf16"].gain_kept == 1.0
@@ -172,9 +171,16 @@ def test_flips_and_kept_gain_by_hand() -> None:
 
 
 def test_no_share_of_a_gain_that_is_not_there() -> None:
-    rows = [row(EVOLVED, "bf16", [True, True]), row(PORTED, "bf16", [True, False]), row(REFIT, "bf16", [True, True])]
-    asked_of = {("t", one.model, "bf16"): [True] * one.correct + [False] * (2 - one.correct) for one in rows}
-    assert completed(rows[1], rows, asked_of, "bf16").gain_kept is None
+    given = {EVOLVED: [True, True], PORTED: [True, False], REFIT: [True, True]}
+    found = completed([(row(model, "bf16", right), right) for model, right in given.items()], "bf16")
+    assert [one.gain_kept for one in found] == [None] * 3
+
+
+def test_rows_alone_say_what_they_can() -> None:
+    """A refit without its base, and a port in fewer bits without the one it is compared with."""
+    given = {(REFIT, "bf16"): [True, True], (PORTED, "Q4_0"): [True, False]}
+    found = completed([(row(*key, right), right) for key, right in given.items()], "bf16")
+    assert [(one.gain_kept, one.negative_flips) for one in found] == [(None, None)] * 2
 
 
 def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

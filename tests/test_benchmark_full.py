@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,11 @@ pytest.importorskip("peft", reason="peft, of the extra bench, is not installed")
 
 from bench import full, train_task
 from bench.full import Job, jobs, run
-from bench.suite import STAGES, headline, merged, write_merged
+from bench.suite import STAGES, headline, journaled, merged, write_merged
 from bench.train_task import fed
 from edgeport.benchmark.command import written
 from edgeport.benchmark.questions import Generation
-from edgeport.benchmark.results import EVOLVED, PORTED, REFIT, Results, Row
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Results, Row
 from edgeport.demo.triage import shares
 from tests.conftest import TinyLlama
 
@@ -91,7 +93,8 @@ def row(model: str, precision: str, correct: int, seed: int = 0, evolution: str 
 
 def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
     task = {"name": "triage", "title": "t", "source": "s", "questions": 10, "floor": 0.1}
-    machine, versions = {"processor": "another", "cores": 64, "system": "Linux", "ram_bytes": 1}, {"edgeport": "0"}
+    small = {"processor": "p", "cores": 2, "system": "Linux", "ram_bytes": 1, "versions": {"edgeport": "0"}}
+    large = {**small, "cores": 64}
     parts = {
         "a": [row(EVOLVED, "bf16", 2), row(PORTED, "bf16", 6), row(PORTED, "Q4_K_M", 5)],
         "b": [row(PORTED, "bf16", 7), row(PORTED, "bf16", 9, seed=1), row(REFIT, "bf16", 8)],
@@ -99,12 +102,38 @@ def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
     }
     for name, rows in parts.items():
         (tmp_path / name).mkdir()
-        written(Results("command", [task], 0, rows, (), machine, versions), tmp_path / name)
+        written(Results("command", [task], 0, rows, (), [large if name == "b" else small]), tmp_path / name)
     said = write_merged([tmp_path / name for name in parts], tmp_path / "all", "one command")
     found = Results.read(tmp_path / "all" / "results.json")
-    assert found.rows == merged(parts.values()) and len(found.rows) == 6
-    assert (found.machine, found.versions, found.command, list(found.tasks)) == (machine, versions, "one command", [task])
+    assert [replace(one, machine=0) for one in found.rows] == merged(parts.values()) and len(found.rows) == 6
+    assert (found.machines, found.command, list(found.tasks)) == ([small, large], "one command", [task])
+    assert [one.machine for one in found.rows if one.evolution == "full parameters"] == [0, 1, 0, 1, 1]
+    # what a row of one machine keeps of the gain that a refit has on another
+    assert {one.precision: one.gain_kept for one in found.rows if one.model == PORTED and one.key[1] == "full parameters"
+            and not one.patch_seed} == {"bf16": pytest.approx(5 / 6), "Q4_K_M": pytest.approx(0.5)}  # fmt: skip
     # the later of two rows, both seeds in the mean, and the table without the second seed's row
     assert "80.0% ± 10.0" in said and said == headline(found.rows) + "\n"
     assert (tmp_path / "all" / "results.md").read_text().count("| ported | bf16 |") == 2
     assert full.FEW[0] == "bf16"
+
+
+def test_a_journal_gives_its_finished_rows(tmp_path: Path) -> None:
+    """The old base's rows stand for both evolutions that have read one text; what is missing makes no figure."""
+
+    def line(model: str, right: Sequence[bool], text: str, evolution: str = "LoRA r8") -> str:
+        one = replace(row(model, "bf16", sum(right), evolution=evolution), total=len(right))
+        return json.dumps([json.dumps(["port", "bf16", "triage", len(right), text]), asdict(one), right])
+
+    lines = [
+        line(OLD, [True, False], "handbook"), line(TUNED, [True, True], "handbook"), line(PORTED, [False, True], "handbook"),
+        line(EVOLVED, [False, False], "handbook", "full parameters"), line(PORTED, [True, False], "reference", "chain 2"),
+        line(PORTED, [True], "handbook"),
+    ]  # fmt: skip
+    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    found = {(one.evolution, one.model): one for one in journaled(tmp_path / "journal.jsonl", 2)}
+    assert set(found) == {
+        ("LoRA r8", OLD), ("LoRA r8", TUNED), ("LoRA r8", PORTED), ("full parameters", OLD), ("full parameters", TUNED),
+        ("full parameters", EVOLVED), ("chain 2", PORTED),
+    }  # fmt: skip
+    assert found["LoRA r8", PORTED].negative_flips == 1 and found["LoRA r8", PORTED].gain_kept is None
+    assert found["chain 2", PORTED].negative_flips == 0 and found["full parameters", TUNED].evolution == "full parameters"

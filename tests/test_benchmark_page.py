@@ -19,10 +19,10 @@ PHONE = {"width": 390, "height": 844}
 
 
 def results() -> Results:
-    """Two tasks, two evolutions and three precisions, with a hostile name among them."""
+    """Two tasks, each asked on a machine of its own, two evolutions and three precisions, with a hostile name among them."""
     rows = [
         Row(task, evolution, model, precision, size << 20, correct=100 + 40 * at - 10 * drop, total=400, score_seconds=3.0,
-            score_peak_bytes=(size + 160) << 20, perplexity=20.0 + drop)
+            score_peak_bytes=(size + 160) << 20, perplexity=20.0 + drop, machine=int(task == "legs"))
         for task in ("triage", "legs")
         for evolution in ("LoRA", "</script><b>full")
         for at, model in enumerate(MODELS)
@@ -33,7 +33,9 @@ def results() -> Results:
         {"name": "triage", "title": "Triage", "source": "made up", "questions": 400, "floor": 0.125},
         {"name": "legs", "title": "Legs", "source": "made up", "questions": 400, "floor": 0.05},
     ]
-    return Results("edgeport bench -o out", tasks, 0, rows, ("A note.",))
+    small = {"processor": "Small", "cores": 2, "system": "Linux", "ram_bytes": 1 << 33, "versions": {"edgeport": "0.1"}}
+    machines = [small, {**small, "processor": "Large", "cores": 64}]
+    return Results("edgeport bench -o out", tasks, 0, rows, ("A note.",), machines)
 
 
 def test_the_page_carries_everything_itself() -> None:
@@ -97,6 +99,14 @@ def test_toggles(shown: Any) -> None:
     for evolution in ("LoRA", "</script><b>full"):
         press(shown, "evolution", evolution)
     assert dots.count() == 0 and "Nothing to show" in shown.locator("#chart").inner_text()
+
+
+def test_machines(shown: Any) -> None:
+    assert shown.locator("th").last.inner_text() == "machine" and set(column(shown, shown.locator("th").count())) == {"1"}
+    press(shown, "task", "legs")
+    assert set(column(shown, shown.locator("th").count())) == {"2"}
+    foot = shown.locator("#foot").inner_text()
+    assert "Machine 1: Small, 2 cores, 8.00 GiB of memory; edgeport 0.1" in foot and "Machine 2: Large, 64 cores" in foot
 
 
 def test_sorting(shown: Any) -> None:

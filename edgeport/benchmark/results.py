@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from edgeport.demo.triage import accuracy_interval
 from edgeport.memory import in_words
 from edgeport.report import table
 
-FORMAT = 1
+FORMAT = 2
 OLD, TUNED, EVOLVED, PORTED, REFIT = "old base", "tuned old base", "evolved base", "ported", "re-tuned"
 MODELS = (OLD, TUNED, EVOLVED, PORTED, REFIT)
 """The rows of PortLLM's table: the last is the ceiling, the patch trained again on the evolved base."""
+LEAST_GAIN = 0.01
+"""Accuracy that refitting has to add before a share of it says anything."""
 PACKAGES = (
     "torch", "transformers", "llama-cpp-python", "gguf", "bitsandbytes", "onnxruntime", "simple-icd-10-cm", "reasoning-gym",
 )  # fmt: skip
@@ -54,6 +56,8 @@ class Row:
     port_above_bytes: int | None = None
     patch_seed: int = 0
     """Which of several patches of one recipe, that differ in nothing but the seed of their training."""
+    machine: int = 0
+    """Place in the results' `machines`: of that one are the seconds and the peaks."""
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -79,8 +83,8 @@ class Results:
     seed: int | None
     rows: Sequence[Row]
     notes: Sequence[str] = field(default_factory=tuple)
-    machine: Mapping[str, Any] = field(default_factory=lambda: machine())
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    machines: Sequence[Mapping[str, Any]] = field(default_factory=lambda: (machine(),))
+    """Each with the versions that it ran."""
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -91,8 +95,7 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT, "command": self.command, "seed": self.seed, "machine": dict(self.machine),
-            "versions": dict(self.versions),
+            "format": FORMAT, "command": self.command, "seed": self.seed, "machines": list(self.machines),
             "tasks": list(self.tasks), "notes": list(self.notes), "rows": [row.to_json() for row in self.rows],
         }  # fmt: skip
 
@@ -109,13 +112,14 @@ class Results:
         """A table of all rows."""
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.of_first_patches]
-        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        told = [f"on {number}: {in_one_line(one)}" for number, one in enumerate(self.machines, 1)]
+        lines += ["", *(f"- {note}" for note in (*told, *self.notes))]
         return "\n".join(lines) + "\n"
 
 
 HEAD = (
     "task", "evolution", "model", "precision", "accuracy (95 %)", "size", "RAM to run", "port: time", "RAM above import",
-    "flips", "KL to first", "gain kept", "perplexity",
+    "flips", "KL to first", "gain kept", "perplexity", "on",
 )  # fmt: skip
 
 
@@ -125,8 +129,22 @@ def cells(row: Row) -> list[str]:
         row.task, row.evolution, row.model, row.precision, f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})", in_words(row.bytes),
         in_words(row.score_peak_bytes), "-" if row.port_seconds is None else f"{row.port_seconds:.1f} s",
         "-" if row.port_above_bytes is None else in_words(row.port_above_bytes), shown(row.negative_flips, "d"),
-        shown(row.kl, ".4f"), shown(row.gain_kept, ".0%"), shown(row.perplexity, ".2f"),
+        shown(row.kl, ".4f"), shown(row.gain_kept, ".0%"), shown(row.perplexity, ".2f"), str(row.machine + 1),
     ]  # fmt: skip
+
+
+def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
+    """The rows with their share of the gain, where the evolved base and the refit in the reference precision are there."""
+    accuracies = {row.key: row.accuracy for row in rows}
+
+    def one(row: Row) -> Row:
+        evolved = accuracies.get((row.task, row.evolution, EVOLVED, reference, 0))
+        refit = accuracies.get((row.task, row.evolution, REFIT, reference, row.patch_seed))
+        if evolved is None or refit is None or row.model not in (PORTED, REFIT) or refit - evolved < LEAST_GAIN:
+            return replace(row, gain_kept=None)
+        return replace(row, gain_kept=(row.accuracy - evolved) / (refit - evolved))
+
+    return [one(row) for row in rows]
 
 
 def shown(value: float | None, how: str) -> str:
@@ -134,14 +152,19 @@ def shown(value: float | None, how: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What seconds and peaks depend on; nothing that names the machine or its owner."""
+    """What seconds and peaks depend on, and the versions; nothing that names the machine or its owner."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "processor": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "versions": versions(),
     }  # fmt: skip
+
+
+def in_one_line(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['cores']} cores, {in_words(machine['ram_bytes'])} of memory; {versions}"
 
 
 def versions() -> dict[str, str]:

@@ -14,14 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeport.benchmark.questions import Asked, gold, read_questions, write_questions
-from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row, with_gain_kept
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
 from edgeport.registry import converters
 
 FOLDER_QUANTS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
-LEAST_GAIN = 0.01
-"""Accuracy that refitting has to add before a share of it says anything."""
 
 Say = Callable[[str], None]
 
@@ -100,17 +98,14 @@ class Bench:
             if not self.questions(case).exists() or read_questions(self.questions(case)) != list(case.questions):
                 write_questions(self.questions(case), case.questions)
         reference = self.precisions[0]
-        asked: dict[tuple[str, str, str], list[bool]] = {}
-        rows = []
+        found: list[tuple[Row, list[bool]]] = []
         todo = [(PORTED, reference), *((EVOLVED, one) for one in self.precisions)]
         if evolution.old is not None:
             todo += [(OLD, reference), (TUNED, reference)]
         todo += [(PORTED, one) for one in self.precisions[1:]] + [(REFIT, one) for one in self.precisions]
         for model, precision in todo:
-            for row, right in self.rows(evolution, cases, model, precision):
-                rows.append(row)
-                asked[row.task, model, precision.name] = right
-        yield from (completed(row, rows, asked, reference.name) for row in rows)
+            found += self.rows(evolution, cases, model, precision)
+        yield from completed(found, reference.name)
 
     def rows(
         self, evolution: Evolution, cases: Sequence[Case], model: str, precision: Precision
@@ -200,13 +195,15 @@ def entry(command: Sequence[str], precision: Precision, case: Case, text: Path |
     return json.dumps([*command, precision.name, case.name, len(case.questions), read])
 
 
-def completed(row: Row, rows: Sequence[Row], asked: dict[tuple[str, str, str], list[bool]], reference: str) -> Row:
-    """The row with what only a comparison with other rows can tell."""
-    ours = asked[row.task, row.model, row.precision]
-    before = asked.get((row.task, TUNED, reference), asked[row.task, PORTED, reference])
-    flips = sum(was and not now for was, now in zip(before, ours, strict=True))
-    patched = row.model in (TUNED, PORTED, REFIT)
-    accuracies = {one.model: one.accuracy for one in rows if (one.task, one.precision) == (row.task, reference)}
-    gain = accuracies.get(REFIT, 0.0) - accuracies[EVOLVED]
-    kept = (row.accuracy - accuracies[EVOLVED]) / gain if row.model in (PORTED, REFIT) and gain >= LEAST_GAIN else None
-    return replace(row, negative_flips=flips if patched else None, gain_kept=kept, kl=row.kl if row.model == PORTED else None)
+def completed(found: Sequence[tuple[Row, list[bool]]], reference: str) -> list[Row]:
+    """The rows with what only a comparison with other rows can tell; None where the other one is missing."""
+    answers = {row.key: right for row, right in found}
+
+    def one(row: Row, ours: list[bool]) -> Row:
+        patched = row.model in (TUNED, PORTED, REFIT)
+        places = [(row.task, row.evolution, model, reference, row.patch_seed) for model in (TUNED, PORTED)]
+        before = next((answers[place] for place in places if place in answers), None)
+        flips = None if before is None else sum(was and not now for was, now in zip(before, ours, strict=True))
+        return replace(row, negative_flips=flips if patched else None, kl=row.kl if row.model == PORTED else None)
+
+    return with_gain_kept([one(row, right) for row, right in found], reference)
