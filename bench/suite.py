@@ -174,9 +174,10 @@ def write_merged(folders: Sequence[Path], output: Path, command: str) -> str:
         machines += [one for one in part.machines if one not in machines]
     rows = merged([replace(row, machine=machines.index(part.machines[row.machine])) for row in part.rows] for part in parts)
     known = {one["name"]: one for part in parts for one in part.tasks}
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     output.mkdir(parents=True, exist_ok=True)
     chosen = [known[name] for name in TASKS if name in known]
-    write(Results(command, chosen, parts[0].seed, rows, (), machines), output)
+    write(Results(command, chosen, parts[0].seed, rows, notes, machines), output)
     return (output / "headline.txt").read_text()
 
 

@@ -102,11 +102,12 @@ def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
     }
     for name, rows in parts.items():
         (tmp_path / name).mkdir()
-        written(Results("command", [task], 0, rows, (), [large if name == "b" else small]), tmp_path / name)
+        written(Results("command", [task], 0, rows, ["a note"], [large if name == "b" else small]), tmp_path / name)
     said = write_merged([tmp_path / name for name in parts], tmp_path / "all", "one command")
     found = Results.read(tmp_path / "all" / "results.json")
     assert [replace(one, machine=0) for one in found.rows] == merged(parts.values()) and len(found.rows) == 6
     assert (found.machines, found.command, list(found.tasks)) == ([small, large], "one command", [task])
+    assert list(found.notes) == ["a note"]
     assert [one.machine for one in found.rows if one.evolution == "full parameters"] == [0, 1, 0, 1, 1]
     # what a row of one machine keeps of the gain that a refit has on another
     assert {one.precision: one.gain_kept for one in found.rows if one.model == PORTED and one.key[1] == "full parameters"
