@@ -161,6 +161,8 @@ def test_mistakes_are_named() -> None:
         lay_out("w", (2, 96), Blocks(4, True, 64))
     with pytest.raises(BlockMismatch, match="give --quant fp16"):
         lay_out("w", (2, 40), Blocks(4, True))
+    with pytest.raises(BlockMismatch, match=r"3 blocks of 32.*CUDA kernels misread.*--asymmetric"):
+        lay_out("w", (2, 96), Blocks(4, False, 32, "F16"))
     with pytest.raises(UnknownName, match="blocks of 48"):
         lay_out("w", (2, 96), Blocks(4, True, 48))
     weight = lay_out("w", (1, 32), Blocks(8, True, scale="F16"))

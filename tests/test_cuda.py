@@ -14,7 +14,7 @@ from edgeport.blocks import decode_rows
 from edgeport.locate import open_model
 from edgeport.memory import MIB
 from edgeport.registry import codec, codecs
-from edgeport.rounding import on_grid
+from edgeport.rounding import Inputs, on_grid
 from edgeport.rounding.patch_aware import rounding as patch_aware
 from tests.conftest import TinyLlama
 from tests.streams import normal, streamed
@@ -52,7 +52,8 @@ def test_patch_aware_serves_the_layers_outputs_as_well_as_on_the_cpu(format: str
     for device in ("cpu", "cuda"):
         grid = cast(Any, ggml).grid(weight, {role: data.to(device) for role, data in parts.items()})
         target = grid.values() + change.to(device)
-        codes = on_grid(patch_aware, grid, target, "w", 0, inputs.to(device))
+        seen = Inputs(inputs.to(device), float(inputs.float().square().mean()))
+        codes = on_grid(patch_aware, grid, target, "w", 0, seen)
         errors[device] = float(((grid.values(codes) - target).cpu().double() @ inputs.double().T).square().mean())
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
 

@@ -429,7 +429,8 @@ ON_CUDA: dict[str, tuple[dict[str, Any], int, float]] = {
     "bf16": ({"quant": "bf16"}, 0, 5e-2),
     "int8": ({"quant": "int8"}, 8, 1e-2),
     "int4": ({"quant": "int4"}, 4, 1e-2),
-    "int4, zero points": ({"quant": "int4", "asymmetric": True}, 4, 1e-2),
+    # in blocks of 16, since SmolLM's rows would be an odd number of others
+    "int4, zero points": ({"quant": "int4", "asymmetric": True, "block_size": 16}, 4, 1e-2),
 }
 
 

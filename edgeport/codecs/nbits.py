@@ -130,7 +130,8 @@ def extremes(values: Tensor, how: Blocks) -> tuple[Tensor, Tensor]:
         scales = torch.where(high > -low, high, low).div_(-how.middle)
         return scales, torch.full_like(scales, how.middle)
     low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
-    scales = (high - low).div_((1 << how.bits) - 1)
+    # by a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise
+    scales = (high - low).div_(low.new_tensor((1 << how.bits) - 1))
     return scales, zero_points(low, scales, how)
 
 
@@ -209,6 +210,11 @@ def lay_out(name: str, shape: tuple[int, ...], how: Blocks) -> Weight:
         remedy = f"give --block-size {' or '.join(fits)}" if fits else "give --quant fp16 or fp32"
         raise BlockMismatch(f"rows of {columns} columns do not divide into blocks of {how.size}; {remedy}")
     count = columns // how.size
+    if count % 2 and how.bits == 4 and not how.symmetric and how.scale != "F32":
+        raise BlockMismatch(
+            f"rows of {columns} columns are {count} blocks of {how.size}, and onnxruntime's CUDA kernels misread the zero points "
+            "of an odd number; give another --block-size, or leave out --asymmetric"
+        )
     item = TYPES[how.scale][0]
 
     def part(suffix: str, dtype: str, per_row: int, item: int) -> Part:
