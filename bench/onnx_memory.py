@@ -1,6 +1,6 @@
 """The memory that an export to ONNX takes, beside other exporters on the same models in the same run.
 
-`python -m bench.onnx_memory [SHAPE ...] [--interop .venv-interop/bin/python] [-o results.json]`
+`python -m bench.onnx_memory [SHAPE ...] [--patience SECONDS] [--interop .venv-interop/bin/python] [-o results.json]`
 
 Each export is a process of its own. Its peak is VmHWM as the kernel has it; "above imports" is what it takes beyond the
 libraries, which it reports once they are loaded. A program that holds whole models is given the shapes of `BEARABLE`.
@@ -31,8 +31,6 @@ SHAPES = {
     "3 B": Shape(3072, 28, 8192, 49152, 24, 8),
 }
 MIB = 1 << 20
-PATIENCE = 900
-"""Seconds that a program is given."""
 # every script: model, output, precision
 IMPORTED = """
 import sys
@@ -91,21 +89,21 @@ class Program:
 PROGRAMS = (
     *(Program("edgeport", EDGEPORT, quant) for quant in ("fp32", "bf16", "int8", "int4")),
     *(Program("genai builder", BUILDER, quant, ("0.14 B", "1 B")) for quant in ("fp32", "int4")),
-    Program("optimum", OPTIMUM, "fp32", ("0.14 B",), elsewhere=True),
+    Program("optimum", OPTIMUM, "its own", ("0.14 B",), elsewhere=True),
     Program("transformers", TRANSFORMERS, "fp32", ("0.14 B",)),
 )
 
 
-def measure(program: Program, python: str, model: Path, output: Path) -> dict[str, Any]:
+def measure(program: Program, python: str, model: Path, output: Path, patience: int) -> dict[str, Any]:
     """Peak and seconds of one export, or why there are none."""
     script = IMPORTED + program.script + '\ntold("peak")\n'
     began = time.perf_counter()
     try:
         done = subprocess.run(
-            [python, "-c", script, str(model), str(output), program.precision], capture_output=True, text=True, timeout=PATIENCE
+            [python, "-c", script, str(model), str(output), program.precision], capture_output=True, text=True, timeout=patience
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {PATIENCE} s"}
+        return {"failed": f"not done in {patience} s"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:200]}
     found = (line.split() for line in done.stderr.splitlines() if line.startswith(("peak ", "imports ")))
@@ -113,14 +111,14 @@ def measure(program: Program, python: str, model: Path, output: Path) -> dict[st
     return {"seconds": time.perf_counter() - began, "size": size, **{name: int(count) for name, count in found}}
 
 
-def run(shapes: list[str], interop: str, scratch: Path) -> Iterator[dict[str, Any]]:
+def run(shapes: list[str], interop: str, patience: int, scratch: Path) -> Iterator[dict[str, Any]]:
     tokenizer = smollm_tokenizer(scratch / "tokenizer")
     for name in shapes:
         model = write_model(SHAPES[name], scratch / "model", tokenizer)
         for program in PROGRAMS:
             if name not in program.bearable:
                 continue
-            found = measure(program, interop if program.elsewhere else sys.executable, model, scratch / "out")
+            found = measure(program, interop if program.elsewhere else sys.executable, model, scratch / "out", patience)
             yield {"shape": name, "program": program.name, "precision": program.precision, **found}
             for folder in ("out", "out-cache"):
                 shutil.rmtree(scratch / folder, ignore_errors=True)
@@ -145,13 +143,14 @@ def shown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--patience", type=int, default=900, help="seconds that a program is given")
     parser.add_argument("--interop", default=".venv-interop/bin/python", help="of `make test-interop`, for optimum")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for row in run(arguments.shapes or list(SHAPES), arguments.interop, Path(scratch)):
+        for row in run(arguments.shapes or list(SHAPES), arguments.interop, arguments.patience, Path(scratch)):
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
             if arguments.output:
