@@ -175,7 +175,7 @@ TARGETS = {
 def lora(name: str, folder: Path) -> Any:
     """A patch on a random model, saved in `folder`; PEFT's own merge of it."""
     targets, saved = TARGETS[name]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved, bias="lora_only")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved, bias="all" if saved else "lora_only")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         tuned = get_peft_model(build(name), config)

@@ -45,7 +45,9 @@ LOW_RANK = re.compile(
     r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
-WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?|\.original_module)?\.(?P<leaf>weight|bias)$")
+WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>weight|bias)$")
+REPLACED = re.compile(r"\.original_module\.(weight|bias)$")
+"""With bias="all" PEFT also saves what `modules_to_save` has put out of use, untrained as it is."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ class LoraKind:
         file = next((path / name for name in FILES if (path / name).is_file()), None)
         if file is None:
             raise NotACheckpoint(f"{path} has {CONFIG} and none of {', '.join(FILES)}")
-        stored = open_checkpoint(file)
+        stored = {name: place for name, place in open_checkpoint(file).items() if not REPLACED.search(name)}
         if not stored:
             raise CorruptCheckpoint(f"{file.name} holds no tensors")
         for name, place in stored.items():
