@@ -4,7 +4,7 @@ python -m bench.full -o bench-output --books BOOKS         # `make bench-full` d
 
 What is finished has a file in OUTPUT/done, so a run that was stopped goes on where it was; what each process said is in
 OUTPUT/log. Results are of all rows that are finished, with --collect at any time. In 13 minutes an H100 and 16 cores did 52 of
-the 150 jobs: all evolutions, 46 trainings (eight share the GPU, 0.25 s a step) and 40 rows, of 25 to 100 s each. On two cores
+the 150 jobs: all evolutions, 46 trainings (eight share the GPU, 0.25 s a step) and 40 rows, of 20 to 100 s each. On two cores
 it is days: choose --stages and --tasks there. Models are asked on the CPU, where their memory is measured.
 """
 
