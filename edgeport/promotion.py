@@ -15,8 +15,9 @@ from edgeport.blocks import as_tensor, read_parts, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, about
 from edgeport.memory import in_words
 from edgeport.planning import Plan
-from edgeport.run import compute, settled
+from edgeport.run import compute
 from edgeport.seams import Promoting, Sink
+from edgeport.settling import settled
 from edgeport.steps import Step, rounding_of
 from edgeport.survival import Survival
 from edgeport.tensor import Weight

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeport import journal as journals
 from edgeport.beside import write_adapter
-from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows, ranges, read_parts
+from edgeport.blocks import arrange, decode_parts, encode_rows, ranges, read_parts
 from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
@@ -26,10 +26,11 @@ from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, retu
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
-from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED, Inputs, on_grid
-from edgeport.seams import Finishing, Source
+from edgeport.rounding import UNCALIBRATED, Inputs, on_grid
+from edgeport.seams import Finishing
+from edgeport.settling import settled
 from edgeport.staging import Staging, staged
-from edgeport.steps import COPY_BYTES, Limits, Rule, Step, stored_alike
+from edgeport.steps import COPY_BYTES, Limits, Step, stored_alike
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
@@ -42,9 +43,6 @@ Progress = Callable[[str, int], None]
 """Called with a weight's name and the bytes of the source that are done since the last call."""
 
 LEAST_RETENTION = 0.5
-PROBE_ROWS = 32
-NEAR_GRID = 0.125
-"""Steps from the grid, on average, below which nearest rounding would undo a small change."""
 INSTEAD = "write a finer format (--quant Q8_0 or bf16), --sidecar, or --force to write it all the same"
 
 
@@ -237,31 +235,6 @@ def round_on_grid(
         inputs,
     )
     return owner.with_codes(step.target, parts, codes)
-
-
-def settled(step: Step, source: Source, rule: Rule) -> Step:
-    """The step with its rule decided: do plain numbers lie on, or near, the grid that encoding finds for them?
-
-    They do where they were quantized before, and a small drift since then leaves them near it. The first rows tell:
-    numbers that were never quantized are a quarter of a step from the grid on average.
-    """
-    if step.rounding != AUTO:
-        return step
-    with about(step.target.name):
-        near = grid_distance(step, source) < NEAR_GRID
-    return replace(step, rounding=rule.on_grid(step.target) if near else NEAREST)
-
-
-def grid_distance(step: Step, source: Source) -> float:
-    """Of the base's first rows from the grid that encoding finds for them: in steps, on average."""
-    from torch import minimum
-
-    owner = cast(Gridded, codec(step.target.codec))
-    rows = range(min(step.granule * -(-PROBE_ROWS // step.granule), step.origin.rows))
-    base = decode_rows(source, step.origin, rows)
-    grid = owner.grid(step.target, encode_rows(step.target, base))
-    _, _, fraction = grid.bracket(arrange(base, step.target))
-    return float(minimum(fraction, 1 - fraction).mean())
 
 
 def padded(step: Step, rows: range, base: Tensor) -> Tensor:

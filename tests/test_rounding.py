@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from edgeport.registry import codec
 from edgeport.rounding import on_grid
 from edgeport.rounding.draws import uniform
 from edgeport.rounding.stochastic import rounding as stochastic
+from edgeport.settling import settled
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -87,6 +89,14 @@ def test_dequantized_numbers_are_recognised(tmp_path: Path) -> None:
     )
     assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"patch-aware"}
     assert receipt.survival is not None and receipt.survival["mean"] > 0.9
+
+
+def test_numbers_of_a_coarser_grid_are_recognised(tmp_path: Path) -> None:
+    edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=tmp_path / "evolved", quant="bf16")
+    onto: dict[str, Any] = {"new_base": tmp_path / "evolved", "output": tmp_path / "o.gguf", "to": "gguf", "quant": "Q5_1"}
+    plan = edgeport.plan(patch=ADAPTERS / "triage", **onto)
+    rules = [settled(step, plan.source, plan.rule).rounding for step in plan.steps if step.edits]
+    assert rules.count("patch-aware") > 0.9 * len(rules)
 
 
 def test_numbers_that_were_never_quantized_round_to_nearest(tmp_path: Path) -> None:
