@@ -1,17 +1,47 @@
-"""The files of an ONNX output beside its graph and weights."""
+"""The files of an ONNX output: graph, weights, and what stands beside them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.hf import asset_files
+from converters.onnx.precisions import Settings
+from edgeport.checkpoint import read_range
 from edgeport.seams import Source, Target
+from edgeport.tensor import TensorSpec, Weight
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 ABOUT = "edgeport"
 """The key of the model's metadata under which its settings stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An output as it is read back, whatever made its graph."""
+
+    path: Path
+    config: Mapping[str, Any]
+    settings: Settings
+    weights: Mapping[str, Weight]
+    offsets: Mapping[str, int]
+    """Of stored tensors in the data file."""
+    container: str = "onnx"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path / MODEL, self.path / DATA]
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        offset = self.offsets[spec.name]
+        return read_range(self.path / DATA, offset + start, offset + stop)
+
+    def assets(self, staging: Path) -> Mapping[str, Path]:
+        return asset_files(self.path)
 
 
 def companions(source: Source, target: Target, staging: Path) -> dict[str, Any]:

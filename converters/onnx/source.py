@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.hf import asset_files
 from converters.onnx import described, placed
 from converters.onnx.families import family
-from converters.onnx.folder import ABOUT, DATA, MODEL
-from converters.onnx.precisions import PRECISIONS, Settings, read_settings
+from converters.onnx.folder import ABOUT, MODEL, Stored
+from converters.onnx.precisions import PRECISIONS, read_settings
 from converters.onnx.traced import TRACED
 from converters.onnx.traced_source import TracedSource, open_traced
-from edgeport.checkpoint import read_json, read_range
+from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, need
 from edgeport.registry import codec
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,31 +29,12 @@ CHUNK, SINGLE = 64, 16
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxSource:
-    path: Path
-    config: Mapping[str, Any]
-    settings: Settings
-    weights: Mapping[str, Weight]
-    offsets: Mapping[str, int]
-    """Of stored tensors in the data file."""
-    container: str = "onnx"
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [self.path / MODEL, self.path / DATA]
-
+class OnnxSource(Stored):
     @property
     def tolerance(self) -> float:
         """Of its coarsest matrices."""
         names = {self.settings.precision, self.settings.head, self.settings.embedding}
         return max(PRECISIONS[name].tolerance for name in names)
-
-    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
-        offset = self.offsets[spec.name]
-        return read_range(self.path / DATA, offset + start, offset + stop)
-
-    def assets(self, staging: Path) -> Mapping[str, Path]:
-        return asset_files(self.path)
 
     def execute(self) -> Executed:
         from edgeport.runtime import Runner

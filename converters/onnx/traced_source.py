@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.hf import asset_files
-from converters.onnx.folder import DATA, MODEL
+from converters.onnx.folder import MODEL, Stored
 from converters.onnx.graph import TYPES
 from converters.onnx.precisions import PRECISIONS, Settings, read_settings
 from converters.onnx.traced import TRACED
-from edgeport.checkpoint import read_range
 from edgeport.codecs import nbits
 from edgeport.errors import CorruptCheckpoint
 from edgeport.registry import codec
-from edgeport.tensor import TensorSpec, Weight
+from edgeport.tensor import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,29 +27,10 @@ ROWS = ".rows"
 
 
 @dataclass(frozen=True, slots=True)
-class TracedSource:
-    path: Path
-    config: Mapping[str, Any]
-    settings: Settings
-    weights: Mapping[str, Weight]
-    offsets: Mapping[str, int]
-    """Of stored tensors in the data file."""
-    container: str = "onnx"
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [self.path / MODEL, self.path / DATA]
-
+class TracedSource(Stored):
     @property
     def tolerance(self) -> float:
         return max(TOLERANCE[name] for name in (self.settings.precision, self.settings.head, self.settings.embedding))
-
-    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
-        offset = self.offsets[spec.name]
-        return read_range(self.path / DATA, offset + start, offset + stop)
-
-    def assets(self, staging: Path) -> Mapping[str, Path]:
-        return asset_files(self.path)
 
     def outputs(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         import torch
