@@ -268,7 +268,9 @@ class LoraKind:
         file = next((path / name for name in FILES if (path / name).is_file()), None)
         if file is None:
             raise NotACheckpoint(f"{path} has {CONFIG} and none of {', '.join(FILES)}")
-        stored = {name: place for name, place in open_checkpoint(file).items() if not REPLACED.search(name)}
+        stored = open_checkpoint(file)
+        for name in [name for name in stored if REPLACED.search(name)]:
+            del stored[name]
         if not stored:
             raise CorruptCheckpoint(f"{file.name} holds no tensors")
         for name, place in stored.items():
