@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 PROBE_ROWS = 32
 NEAR_GRID = 0.125
 """Steps from the grid, on average, below which nearest rounding would undo a small change."""
-UNFAIR = 0.25
-"""Of the patch, more or less than which nearest rounding may not keep."""
+UNFAIR = 0.4
+"""Of the patch, more or less than which nearest rounding may not keep: what blocks clip at their ends is up to 0.3 of it."""
 
 
 def settled(step: Step, source: Source, rule: Rule) -> Step:

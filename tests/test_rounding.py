@@ -96,7 +96,7 @@ def test_numbers_of_a_coarser_grid_are_recognised(tmp_path: Path) -> None:
     onto: dict[str, Any] = {"new_base": tmp_path / "evolved", "output": tmp_path / "o.gguf", "to": "gguf", "quant": "Q5_1"}
     plan = edgeport.plan(patch=ADAPTERS / "triage", **onto)
     rules = [settled(step, plan.source, plan.rule).rounding for step in plan.steps if step.edits]
-    assert rules.count("patch-aware") > 0.9 * len(rules)
+    assert rules.count("patch-aware") > 0.8 * len(rules)
 
 
 def test_numbers_that_were_never_quantized_round_to_nearest(tmp_path: Path) -> None:
