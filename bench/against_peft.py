@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import edgeport
-from bench.quantized import TOKENS, TRIAGE, ask
 from edgeport.demo import ADAPTERS, child, packaged_model
 from edgeport.demo.triage import accuracy_interval
 from edgeport.locate import open_model
@@ -31,6 +30,9 @@ from edgeport.memory import in_words, peak_bytes
 from edgeport.report import table
 
 FORMATS = ("nf4", "nf4-dq")
+TRIAGE = ADAPTERS / "triage"
+TOKENS = 512
+"""Of the probe text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,13 @@ def measure(format: str, evolved: Path, folder: Path) -> list[Row]:
         rows.append(Row(format, way, *figures, *costs[way]))
         print("  ".join(cells(rows[-1])), flush=True)
     return rows
+
+
+def ask(model: Path, folder: Path) -> dict[str, Any]:
+    """The held-out questions through llama.cpp, put to the GGUF of a folder's numbers."""
+    asked = folder / "asked.gguf"
+    edgeport.export(model=model, output=asked, to="gguf", quant="f32", overwrite=True)
+    return child(["-m", "edgeport.demo.ask", str(asked)])
 
 
 def cells(row: Row) -> list[str]:
