@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Protocol, cast
 
 from edgeport.registry import codec
@@ -59,6 +60,24 @@ def read_part(source: Readable, part: Part, rows: range, granule: int) -> bytear
     """A part's stored bytes of some rows; of a part in lines, line by line."""
     span = part.span(rows, granule)
     return source.read(part.spec, *span) if part.lines == 1 else cast(Lined, source).read_lines(part.spec, *span, part.lines)
+
+
+def known(weight: Weight, rows: range) -> range:
+    """Those of the rows that the weight has: a grown vocabulary has more."""
+    return range(min(rows.start, weight.rows), min(rows.stop, weight.rows))
+
+
+def padded(matrix: Tensor, rows: range) -> Tensor:
+    """The matrix with zeros for those of the rows that it does not have."""
+    import torch
+
+    missing = len(rows) - len(matrix)
+    return torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])]) if missing else matrix
+
+
+def finite(matrix: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Its extremes say so, and `isfinite` would take 7 bytes an element."""
+    return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
 
 
 def as_tensor(data: bytearray) -> Tensor:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from edgeport.blocks import decode_rows, ranges, sampled
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.memory import trim_heap
-from edgeport.pair import Both, block_of, stored
-from edgeport.patches.names import resolve
+from edgeport.pair import Both, block_of
+from edgeport.patches.names import find
 from edgeport.seams import Edit, LowRankEdit, Source
 from edgeport.steps import BLOCK_ELEMENTS
 from edgeport.survival import inner
@@ -112,10 +112,9 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
 
 def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
     """The old base's weight of that name. Raises TargetMissing, ShapeMismatch."""
-    known = resolve(name, old.weights) or (HEAD if name == HEAD and EMBEDDING in old.weights else None)
-    if known is None:
+    before = find(name, old.weights)
+    if before is None:
         raise TargetMissing(f"{new.path.name} has it and {old.path.name} does not; they are not of one architecture")
-    before = stored(old, known)
     if before.shape[1:] != weight.shape[1:] or (before.shape != weight.shape and name not in (EMBEDDING, HEAD)):
         raise ShapeMismatch(
             f"it has shape {list(before.shape)} in {old.path.name} and {list(weight.shape)} in {new.path.name}; "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeport import lowrank
 from edgeport.checkpoint import safetensors_bytes
@@ -27,9 +27,6 @@ from edgeport.registry import codec
 from edgeport.seams import Source
 from edgeport.steps import BLOCK_ELEMENTS, FLOAT_BYTES, Limits, block_budget
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_RANK = 16
 LEAST_WIDTH = 64

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import lcm
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import decode_rows, ranges
+from edgeport.blocks import decode_rows, finite, known, padded, ranges
 from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, TargetMissing, about
-from edgeport.patches.names import resolve
+from edgeport.patches.names import find
 from edgeport.seams import Source
+from edgeport.steps import common_granule
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Both:
     @property
     def granule(self) -> int:
         """Rows that neither side's format or arrangement lets apart."""
-        return min(lcm(self.old.row_granule, self.new.row_granule), self.new.rows) or 1
+        return common_granule(self.old, self.new)
 
     @property
     def grown(self) -> bool:
@@ -46,21 +46,16 @@ def matched(old: Source, new: Source) -> list[Both]:
     """
     found: dict[str, Both] = {}
     for name, weight in new.weights.items():
-        known = resolve(name, old.weights) or (HEAD if name == HEAD and EMBEDDING in old.weights else None)
-        if known is None:
+        before = find(name, old.weights)
+        if before is None:
             raise TargetMissing(f"{new.path.name} has {name}, which {old.path.name} does not; they are not of one architecture")
-        found[known] = paired(known, stored(old, known), weight)
+        found[before.name] = paired(before.name, before, weight)
     for name, weight in old.weights.items():
-        if name == HEAD and name not in found and EMBEDDING in new.weights:
-            found[name] = paired(name, weight, stored(new, HEAD))
+        if name == HEAD and name not in found and (embedding := find(HEAD, new.weights)):
+            found[name] = paired(name, weight, embedding)
         elif name not in found:
             raise MissingTensor(f"{old.path.name} has {name}, which {new.path.name} does not; they are not of one architecture")
     return [found[name] for name in dict.fromkeys([*old.weights, *found])]
-
-
-def stored(source: Source, name: str) -> Weight:
-    """The weight of that name, or the embedding that a tied head is."""
-    return source.weights[name] if name in source.weights else source.weights[EMBEDDING].named(name)
 
 
 def paired(name: str, old: Weight, new: Weight) -> Both:
@@ -85,12 +80,8 @@ def blocks(both: Both, old: Source, new: Source, rows: int) -> Iterator[tuple[ra
 
 def block_of(both: Both, old: Source, new: Source, rows: range) -> tuple[Tensor, Tensor]:
     """float32 old and new values of some rows, whole granules. Raises NonFiniteResult."""
-    import torch
-
-    known = range(min(rows.start, both.old.rows), min(rows.stop, both.old.rows))
-    before, after = decode_rows(old, both.old, known), decode_rows(new, both.new, rows)
+    before, after = decode_rows(old, both.old, known(both.old, rows)), decode_rows(new, both.new, rows)
     for source, values in ((old, before), (new, after)):
-        if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
+        if not finite(values):
             raise NonFiniteResult(f"{source.path.name} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-    missing = len(rows) - len(known)
-    return torch.cat([before, before.new_zeros(missing, before.shape[1])]) if missing else before, after
+    return padded(before, rows), after

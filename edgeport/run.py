@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeport import journal as journals
 from edgeport.beside import write_adapter
-from edgeport.blocks import arrange, decode_parts, encode_rows, ranges, read_parts
+from edgeport.blocks import arrange, decode_parts, encode_rows, finite, known, padded, ranges, read_parts
 from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
@@ -158,7 +157,7 @@ def edit(
     later: dict[str, list[Tensor]] = {}
 
     def read(rows: range) -> Mapping[str, bytearray]:
-        return read_parts(plan.source, step.origin, known(step, rows))
+        return read_parts(plan.source, step.origin, known(step.origin, rows))
 
     for rows, parts in lane.blocks(ranges(step.target, step.rows, step.granule), read):
         stored = compute(step, rows, parts, applied, importance, inputs, survival)
@@ -174,11 +173,6 @@ def edit(
         step.rounding if step.edits else None, "+".join(sorted({edit.semantics for edit in step.edits})) or None,
         *survival.figures(),
     )  # fmt: skip
-
-
-def known(step: Step, rows: range) -> range:
-    """Those of the rows that the base has."""
-    return range(min(rows.start, step.origin.rows), min(rows.stop, step.origin.rows))
 
 
 def put(staging: Staging, target: Weight, rows: range, role: str, data: memoryview) -> None:
@@ -207,7 +201,7 @@ def compute(
 
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
-    base = padded(step, rows, decode_parts(step.origin, parts))
+    base = padded(decode_parts(step.origin, parts), rows)
     grid_parts = dict(parts) if step.keeps_grid and stored_alike(step.origin, step.target) else None
     parts.clear()
     exact = base
@@ -235,19 +229,6 @@ def round_on_grid(
         inputs,
     )
     return owner.with_codes(step.target, parts, codes)
-
-
-def padded(step: Step, rows: range, base: Tensor) -> Tensor:
-    """The base's rows, with zeros for those that a grown vocabulary adds."""
-    import torch
-
-    missing = len(rows) - len(known(step, rows))
-    return torch.cat([base, base.new_zeros(missing, base.shape[1])]) if missing else base
-
-
-def finite(matrix: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Its extremes say so, and `isfinite` would take 7 bytes an element."""
-    return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
 
 
 def check_budget(limits: Limits) -> None:

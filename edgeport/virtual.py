@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from edgeport.blocks import decode_rows
+from edgeport.blocks import decode_rows, known, padded
 from edgeport.registry import codec
 from edgeport.seams import Applied, Edit, Lined, Patch, Source
 from edgeport.tensor import TensorSpec, Weight
@@ -51,15 +51,11 @@ class Patched:
 
     def rows(self, name: str, rows: range) -> Tensor:
         """float32 [len(rows), columns], edited; whole granules of the stored weight."""
-        import torch
-
         origin, todo, _ = self.edits[name]
         if self.loaded[0] != name:
             self.loaded = "", []  # the last weight's factors go before the next one's come
             self.loaded = name, [edit.load("cpu") for edit in todo]
-        matrix = decode_rows(self.source, origin, range(min(rows.start, origin.rows), min(rows.stop, origin.rows)))
-        if len(matrix) < len(rows):
-            matrix = torch.cat([matrix, matrix.new_zeros(len(rows) - len(matrix), matrix.shape[1])])
+        matrix = padded(decode_rows(self.source, origin, known(origin, rows)), rows)
         for apply in self.loaded[1]:
             matrix = apply(rows, matrix)
         return matrix

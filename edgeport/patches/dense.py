@@ -16,9 +16,9 @@ from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.patches.edits import Difference
 from edgeport.patches.lora import RECORD, TOKENIZER_FILES
-from edgeport.patches.names import resolve
+from edgeport.patches.names import find
 from edgeport.seams import Edit, Source
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import HEAD, TensorSpec, Weight
 
 FILE = "difference.safetensors"
 KIND = "dense"
@@ -65,11 +65,8 @@ class DensePatch:
         return Difference(weight.name, stored.shape, stored, self.scale, tied)
 
     def find(self, name: str, new: Source) -> Weight:
-        known = resolve(name, new.weights)
-        if known is not None:
-            return new.weights[known]
-        if name == HEAD and EMBEDDING in new.weights:
-            return new.weights[EMBEDDING].named(HEAD)
+        if weight := find(name, new.weights):
+            return weight
         raise TargetMissing(f"the patch changes {name}, which {new.path.name} does not have; is it of the same architecture?")
 
     def assets(self) -> Mapping[str, Path]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.patches.edits import LowRank, Replace, ReplaceRows
-from edgeport.patches.names import PEFT_PREFIX, resolve
+from edgeport.patches.names import PEFT_PREFIX, find
 from edgeport.seams import Edit, Source
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
 
@@ -130,11 +130,8 @@ class LoraPatch:
     def find(self, name: str, new: Source) -> Weight:
         """The base's weight of that name; the head of a tied base is its embedding. Raises TargetMissing."""
         bare = name.removeprefix(PEFT_PREFIX)
-        target = resolve(bare, new.weights)
-        if target is not None:
-            return new.weights[target]
-        if bare == HEAD and EMBEDDING in new.weights:
-            return new.weights[EMBEDDING].named(HEAD)
+        if weight := find(bare, new.weights):
+            return weight
         made_on = self.config.get("base_model_name_or_path") or "the model that the patch was made on"
         raise TargetMissing(
             f"the patch changes {bare}, which {new.path.name} does not have; is {made_on} of the same architecture?"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
+
+from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 PEFT_PREFIX = "base_model.model."
 
@@ -58,3 +60,11 @@ def resolve(name: str, known: Container[str]) -> str | None:
             if candidate in known:
                 return candidate
     return None
+
+
+def find(name: str, weights: Mapping[str, Weight]) -> Weight | None:
+    """The weight of that name in any of its spellings; the head of a tied model is its embedding. None without either."""
+    known = resolve(name, weights)
+    if known is not None:
+        return weights[known]
+    return weights[EMBEDDING].named(HEAD) if name == HEAD and EMBEDDING in weights else None
