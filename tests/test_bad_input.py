@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.bad_input import CASES, Answer, listing, port, run
+from bench.bad_input import CASES, listing
+from bench.spoiling import Answer, port, run
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bench.bad_input import HIDDEN, NORM, export, factors, listing, model, patch, port, run, tokenizer, weights
+from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
+from bench.spoiling import HIDDEN, NORM, export, factors, model, patch, port, run, tokenizer, weights
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "sentencepiece", "gguf", "llama_cpp", "onnxruntime", "huggingface_hub"}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from bench import bad_input
+from bench import bad_input, spoiling
 from edgeport.errors import MissingTensor, UnsupportedPatch
 from edgeport.lowrank import truncated
 from edgeport.memory import IMPORT_BYTES, MIB
@@ -220,14 +220,14 @@ def test_what_cannot_be_extracted(tiny_llama: TinyLlama, tmp_path: Path) -> None
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    argv = bad_input.extract(tuned=bad_input.tuned)(tmp_path)
+    argv = spoiling.extract(tuned=spoiling.tuned)(tmp_path)
     before = bad_input.listing(tmp_path)
-    answer = bad_input.run([*argv, "--dry-run", "--json"])
+    answer = spoiling.run([*argv, "--dry-run", "--json"])
     plan = json.loads(answer.output)
     assert answer.code == 0 and bad_input.listing(tmp_path) == before
     assert plan.keys() >= {"peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "steps"}
-    assert "peak RAM" in bad_input.run([*argv, "--dry-run"]).output
-    facts = json.loads(bad_input.run([*argv, "--rank", "4", "--json"]).output)
+    assert "peak RAM" in spoiling.run([*argv, "--dry-run"]).output
+    facts = json.loads(spoiling.run([*argv, "--rank", "4", "--json"]).output)
     out = tmp_path / "out"
     assert facts["files"] == {"adapter_model.safetensors": (out / "adapter_model.safetensors").stat().st_size}
     assert facts["bytes_out"] <= plan["bytes_out_at_most"] and facts["rank"] == [4] and facts["changed"] == facts["weights"]
@@ -235,26 +235,26 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert manifest["inputs"].keys() == {"old_base", "tuned"} and manifest["keep"]["rank"] == 4
     assert [fact["weight"] for fact in manifest["per_weight"] if fact["energy"] < 0.999]
     first = bad_input.listing(out)
-    again = bad_input.run([*argv, "--rank", "4", "--overwrite", "-v"])
+    again = spoiling.run([*argv, "--rank", "4", "--overwrite", "-v"])
     assert "change kept" in again.output and "self_attn.q_proj" in again.error
     assert {name: held for name, held in bad_input.listing(out).items() if name != "edgeport.json"} == {
         name: held for name, held in first.items() if name != "edgeport.json"
     }
-    assert bad_input.run(["verify", str(out)]).code == 0
+    assert spoiling.run(["verify", str(out)]).code == 0
 
 
 def test_numbers_that_only_count_may_not_change(tmp_path: Path) -> None:
     positions = {"model.positions": np.arange(8, dtype=np.int32)}
-    argv = bad_input.extract(
-        old=lambda: bad_input.weights() | positions, tuned=lambda: bad_input.tuned() | positions
+    argv = spoiling.extract(
+        old=lambda: spoiling.weights() | positions, tuned=lambda: spoiling.tuned() | positions
     )(tmp_path)  # fmt: skip
-    assert bad_input.run(argv).code == 0
+    assert spoiling.run(argv).code == 0
     assert "model.positions" not in load_file(tmp_path / "out" / "adapter_model.safetensors")
-    header, data = bad_input.parted((tmp_path / "tuned" / "model.safetensors").read_bytes())
+    header, data = spoiling.parted((tmp_path / "tuned" / "model.safetensors").read_bytes())
     start, stop = header["model.positions"]["data_offsets"]
     changed = data[:start] + bytes(stop - start) + data[stop:]
-    (tmp_path / "tuned" / "model.safetensors").write_bytes(bad_input.spelled(header, changed))
-    answer = bad_input.run([*argv, "--overwrite"])
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(spoiling.spelled(header, changed))
+    answer = spoiling.run([*argv, "--overwrite"])
     assert answer.code == 1 and "model.positions: it has changed, and I32 numbers can be copied" in answer.error
 
 
