@@ -84,6 +84,18 @@ def tiny_llama(tmp_path: Path) -> TinyLlama:
     return make
 
 
+def saved_once(place: Path, build: Callable[[str], Any]) -> Callable[[str], tuple[Path, Any]]:
+    """A function from a name to the folder and the model that `build` makes of it, saved when it is first asked for."""
+
+    @cache
+    def make(name: str) -> tuple[Path, Any]:
+        model = build(name)
+        model.save_pretrained(place / name)
+        return place / name, model
+
+    return make
+
+
 def save_tokenizer(folder: Path, vocab: int) -> None:
     """A byte-level BPE of at most `vocab` tokens, at least 259: the three special ones and 256 bytes."""
     from tokenizers import Tokenizer

@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from converters.onnx.installed import unknown
 from converters.rotary import frequencies, rotary_settings
 from edgeport.errors import ConvertError, EdgeportError, NotACheckpoint, UnknownName
 from edgeport.runtime import Runner
+from tests.conftest import saved_once
 
 if TYPE_CHECKING:
     from tests.conftest import TinyLlama
@@ -66,15 +66,7 @@ Families = Callable[[str], tuple[Path, Any]]
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     """A function from a family's name to a random model of it, and the folder it is saved in."""
-    place = tmp_path_factory.mktemp("families")
-
-    @cache
-    def make(name: str) -> tuple[Path, Any]:
-        model = build(name)
-        model.save_pretrained(place / name)
-        return place / name, model
-
-    return make
+    return saved_once(tmp_path_factory.mktemp("families"), build)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import edgeport
 from bench.bad_input import run
 from edgeport.encoders import ENCODERS, encoder
 from edgeport.errors import BlockMismatch, ConvertError, CorruptCheckpoint, MissingTensor, UnmappedTensor, UnsupportedArchitecture
+from tests.conftest import saved_once
 from tests.test_onnx import unpacked
 
 TEXT = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -57,15 +57,7 @@ Encoders = Callable[[str], tuple[Path, Any]]
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
     """A function from a class's name to a random model of it, and the folder it is saved in."""
-    place = tmp_path_factory.mktemp("encoders")
-
-    @cache
-    def make(name: str) -> tuple[Path, Any]:
-        model = build(name)
-        model.save_pretrained(place / name)
-        return place / name, model
-
-    return make
+    return saved_once(tmp_path_factory.mktemp("encoders"), build)
 
 
 def build(name: str) -> Any:
