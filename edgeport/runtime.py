@@ -39,6 +39,8 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None)
         raise ConvertError(f"the installed onnxruntime has no {PROVIDERS[provider]}; put 'edgeport[onnx-gpu]' in its place")
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    # threads that wait for the next token by spinning take the cores from whatever else runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
