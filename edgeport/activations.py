@@ -12,44 +12,48 @@ from edgeport.aside import Watch, serve
 from edgeport.effect import models
 from edgeport.forward import stream
 from edgeport.probe import packaged_text, probe_tokens
-from edgeport.probing import Job, read_text
+from edgeport.probing import WINDOW, Job, read_text
 from edgeport.seams import Source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-WINDOW = 512
-"""Tokens that see each other, where the model was made for so many."""
 PROBED = 512
 """Tokens from the start of a text that calibration leaves alone, so that a probe on them is not flattered."""
 
 
 class Recorder:
-    """Appends inputs to an open file, as bfloat16 [tokens, columns], once for all layers that are given the same."""
+    """Writes inputs to an open file, as bfloat16 [tokens, columns], once for all layers that are given the same."""
 
-    def __init__(self, handle: int, watch: Watch) -> None:
-        self.handle, self.watch = handle, watch
-        self.places: dict[str, tuple[int, int]] = {}
-        """Offset and tokens, by weight."""
+    def __init__(self, handle: int, windows: int) -> None:
+        self.handle, self.windows = handle, windows
+        self.window = 0
+        """The one whose inputs are noted."""
+        self.places: dict[str, int] = {}
+        """Offset, by weight."""
         self.end = 0
-        self.last: Tensor | None = None
+        self.last: tuple[Tensor, str] | None = None
+        """The inputs that were noted before, and of which weight."""
 
     def note(self, weight: str, inputs: Tensor) -> None:
         import torch
 
-        if inputs is not self.last:
-            self.last = inputs
-            rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.bfloat16).contiguous()
-            data = rows.view(torch.uint8).numpy().tobytes()
-            self.begin, self.rows = self.end, len(rows)
-            while self.end - self.begin < len(data):
-                self.end += os.pwrite(self.handle, data[self.end - self.begin :], self.end)
-        self.places[weight] = self.begin, self.rows
-        self.watch(f"calibration: {weight}")
+        if self.last and inputs is self.last[0]:
+            self.places[weight] = self.places[self.last[1]]
+            return
+        self.last = inputs, weight
+        data = inputs.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().reshape(-1).data
+        if weight not in self.places:
+            self.places[weight] = self.end
+            self.end += self.windows * len(data)
+        at = self.places[weight] + self.window * len(data)
+        while data:
+            written = os.pwrite(self.handle, data, at)
+            data, at = data[written:], at + written
 
 
 def collect(job: Job, weights: Sequence[str], handle: int, watch: Watch) -> dict[str, tuple[int, int]]:
-    """Write the inputs of the named weights' layers to `handle`; returns their places.
+    """Write the inputs of the named weights' layers to `handle`; returns offset and tokens of each.
 
     A layer that the text does not reach has none. Raises UnsupportedArchitecture and what `stream` raises.
     """
@@ -57,17 +61,19 @@ def collect(job: Job, weights: Sequence[str], handle: int, watch: Watch) -> dict
 
     _, exact = models(job)
     tokens = calibration_tokens(exact, job)
-    streamed = stream(exact)
-    recorder = Recorder(handle, watch)
+    recorder = Recorder(handle, len(tokens))
+    streamed = stream(exact, lambda: watch(f"calibration: part {recorder.window + 1} of {len(tokens)}"))
     modules = dict(streamed.model.named_modules())
     for weight in weights:
         module = modules.get(weight.removesuffix(".weight"))
         if type(module) is torch.nn.Linear:
             module.register_forward_pre_hook(partial(noted, recorder, weight))
-    hidden = streamed.hidden(tokens)
-    if streamed.head.name in weights:
-        recorder.note(streamed.head.name, hidden)
-    return recorder.places
+    # one window after the other, so that activations take no more memory the longer the text is
+    for recorder.window in range(len(tokens)):
+        hidden = streamed.hidden(tokens[recorder.window, None])
+        if streamed.head.name in weights:
+            recorder.note(streamed.head.name, hidden)
+    return {weight: (place, tokens.numel()) for weight, place in recorder.places.items()}
 
 
 def noted(recorder: Recorder, weight: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import ask, here
 from edgeport.errors import VerificationFailed
-from edgeport.probing import Job, hindered, predicted_bytes
+from edgeport.probing import WINDOW, Job, hindered, predicted_bytes
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
 from edgeport.seams import LowRankEdit, Source
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgeport.aside import Watch
     from edgeport.planning import Plan
 
-TOKENS = 1024
+TOKENS = 3072
 COLUMNS = 64
 EMPHASIS = 4.0
 """Strength of a direction that a patch reads, relative to an average direction of the text."""
@@ -36,7 +36,7 @@ def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Ru
 
     Raises MissingExtra, BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
     """
-    hindrance = hindered(source, limits, predicted_bytes((), TOKENS, source.config), "running a text through the model")
+    hindrance = hindered(source, limits, predicted_bytes((), WINDOW, source.config), "running a text through the model")
     if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
         raise hindrance
     return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, TOKENS, seed), str(hindrance) if hindrance else None
@@ -71,11 +71,15 @@ class Activations:
         if place is None or self.handle is None:
             return None
         offset, tokens = place
-        size = BFLOAT16_BYTES * tokens * step.target.columns
-        data = bytearray(os.pread(self.handle, size, offset))
-        rows = torch.frombuffer(data, dtype=torch.bfloat16).view(tokens, -1)
-        square = mean_square(rows)
-        return Inputs(with_directions(rows, step, square).to(device), square)
+        directions = [torch.linalg.qr(edit.factors()[1].T).Q.T for edit in step.edits if isinstance(edit, LowRankEdit)]
+        rows = torch.empty(tokens + sum(map(len, directions)), step.target.columns, dtype=torch.bfloat16)
+        read_whole(self.handle, rows[:tokens].view(torch.uint8).numpy().reshape(-1).data, offset)
+        square = mean_square(rows[:tokens])
+        # a text that is not about the patch's task says little of what the patch reads, and errors there are what the
+        # patch would feel first
+        if directions:
+            rows[tokens:] = torch.cat(directions).mul_(EMPHASIS * sqrt(square * tokens))
+        return Inputs(rows.to(device), square)
 
     def collect(self, steps: Sequence[Step]) -> None:
         """Run the text, if any of the settled steps asks for it.
@@ -112,17 +116,13 @@ class Activations:
             os.close(self.handle)
 
 
-def with_directions(inputs: Tensor, step: Step, square: float) -> Tensor:
-    """The inputs and, `EMPHASIS` times as strong as an average one, the directions that the step's low-rank patches read.
-
-    A text that is not about the patch's task says little of them, and errors there are what the patch would feel first.
-    """
-    import torch
-
-    read = [edit.factors()[1] for edit in step.edits if isinstance(edit, LowRankEdit)]
-    strength = EMPHASIS * sqrt(square * len(inputs))
-    directions = [torch.linalg.qr(down.T).Q.T.mul(strength).to(inputs.dtype) for down in read]
-    return torch.cat([inputs, *directions])
+def read_whole(handle: int, into: memoryview, offset: int) -> None:
+    """Fill a buffer from a file that holds as much."""
+    while into:
+        count = os.preadv(handle, [into], offset)
+        if not count:
+            raise EOFError("the file of the layers' inputs has become shorter")
+        into, offset = into[count:], offset + count
 
 
 def mean_square(inputs: Tensor) -> float:

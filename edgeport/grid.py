@@ -1,4 +1,4 @@
-"""The values that a stored quantized block can take while its scales stay as they are.
+"""The values that a stored quantized block can take.
 
 A patch on a base that lies on a grid already has to move codes along that grid: fresh scales and rounding to nearest
 return the old codes, and the patch is lost.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from edgeport.tensor import Weight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LARGEST_PIECE, SMALLEST_PIECE = 1 << 16, 1 << 12
@@ -37,6 +39,10 @@ class Grid:
     """uint8 [rows, columns], what is stored now: indices into `levels`."""
     uniform: bool = False
     """Whether each level is known to be the one before it plus 1, so that no search is needed."""
+    scales: torch.dtype | None = None
+    """The type in which the format stores each group's step by itself, so that it can be another; None: steps stay."""
+    shifts: bool = False
+    """Whether each group's offset is stored by itself, in that type too; else it is a fixed multiple of the step."""
 
     scratch = 17.1
 
@@ -48,6 +54,20 @@ class Grid:
     def of_rows(self, some: slice) -> Grid:
         """The grid of some of the rows, on the same memory."""
         return replace(self, step=self.step[some], offset=self.offset[some], codes=self.codes[some])
+
+    def of_columns(self, some: slice) -> Grid:
+        """The grid of the columns from `some.start` to `some.stop`: on the same memory where they are whole groups,
+        else in groups of as many columns as lie in one of these, with copies of their scales that stay.
+        """
+        import torch
+
+        unit = gcd(self.group, some.start, some.stop)
+        if unit == self.group:
+            groups = slice(some.start // unit, some.stop // unit)
+            return replace(self, step=self.step[:, groups], offset=self.offset[:, groups], codes=self.codes[:, some])
+        places = torch.arange(some.start, some.stop, unit, device=self.codes.device) // self.group
+        step, offset = self.step.index_select(1, places), self.offset.index_select(1, places)
+        return replace(self, step=step, offset=offset, codes=self.codes[:, some], scales=None)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
         """float32 [rows, columns] that `codes` (uint8 [rows, columns]; the stored ones if None) stand for."""
@@ -112,9 +132,10 @@ class Grid:
         # torch.bucketize, without its branches: three times as fast
         steps = [1 << bit for bit in reversed(range((last - 1).bit_length() or 1))]
         ladder = torch.cat((self.levels[:last], self.levels.new_full((2 * steps[0] - last,), torch.nan)))
-        codes = torch.zeros_like(place, dtype=torch.int32).view(-1)
+        flat = place.reshape(-1)
+        codes = torch.zeros_like(flat, dtype=torch.int32)
         for step in steps:
-            reached = ladder.index_select(0, codes + step) <= place.view(-1)
+            reached = ladder.index_select(0, codes + step) <= flat
             codes.add_(reached, alpha=step)
         return codes.view(place.shape)
 
@@ -124,7 +145,7 @@ class Grid:
 
         if self.uniform:
             return codes.to(torch.float32).add_(self.levels[:1])
-        return self.levels.index_select(0, codes.to(torch.int32).view(-1)).view(codes.shape)
+        return self.levels.index_select(0, codes.to(torch.int32).reshape(-1)).view(codes.shape)
 
     def _pieces(self) -> Iterator[slice]:
         """The groups, a cacheful at a time."""
@@ -148,4 +169,13 @@ class Gridded(Protocol):
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         """The same rows with `codes` (uint8 [rows, columns]) in place of theirs and every other bit as it was."""
+        ...
+
+
+@runtime_checkable
+class Rescalable(Protocol):
+    """What a codec is, besides `Gridded`, that can give groups other scales where a grid has a type for them."""
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        """The same rows with the grid's steps (and offsets, if it `shifts`) in place of theirs; they fit its `scales`."""
         ...

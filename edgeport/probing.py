@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 TOKENS, FEW_TOKENS = 256, 64
 """Tokens of text that a model runs on unless the user says otherwise; the few, where LARGE parameters make it long."""
 LARGE = 1_000_000_000
+WINDOW = 512
+"""Tokens that see each other in a longer text, where the model was made for so many."""
 PROCESS_BYTES = 480 * MIB
 """Python, torch, transformers and tokenizers with a model's code at hand (VmHWM), and a block of each of three weights."""
 TEXT_BYTES = 1 << 20

@@ -18,7 +18,7 @@ from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
-from edgeport.grid import Gridded
+from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
@@ -222,12 +222,12 @@ def compute(
 def round_on_grid(
     step: Step, rows: range, parts: Mapping[str, Tensor], exact: Tensor, inputs: Inputs | None
 ) -> Mapping[str, Tensor]:
-    """The edited rows on the grid that `parts` spell: scales stay, and the step's rule chooses the codes."""
-    owner = cast(Gridded, codec(step.target.codec))
-    codes = on_grid(
-        roundings()[step.rounding], owner.grid(step.target, parts), arrange(exact, step.target), step.draws, rows.start,
-        inputs,
-    )
+    """The edited rows on the grid that `parts` spell: the step's rule chooses the codes, and scales if it gives any anew."""
+    owner, rule = cast(Gridded, codec(step.target.codec)), roundings()[step.rounding]
+    grid = owner.grid(step.target, parts)
+    codes = on_grid(rule, grid, arrange(exact, step.target), step.draws, rows.start, inputs)
+    if rule.rescales and grid.scales is not None:
+        parts = cast(Rescalable, owner).with_scales(step.target, parts, grid)
     return owner.with_codes(step.target, parts, codes)
 
 

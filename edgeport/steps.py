@@ -209,8 +209,8 @@ def finishing_bytes(target: Weight) -> int:
 
 
 def input_bytes(target: Weight, rounding: str, tokens: int) -> int:
-    """The layer's inputs, in bfloat16, where the rule sees them; on the CPU also as they are read."""
-    return 4 * tokens * target.columns if rounding != NEAREST and roundings()[rounding].calibrated else 0
+    """The layer's inputs, in bfloat16, where the rule sees them."""
+    return 2 * tokens * target.columns if rounding != NEAREST and roundings()[rounding].calibrated else 0
 
 
 def rounding_bytes(origin: Weight, target: Weight, rounding: str, tokens: int) -> float:

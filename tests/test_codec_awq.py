@@ -175,7 +175,7 @@ def test_an_export_is_what_autoawq_reads(tiny_llama: TinyLlama, tmp_path: Path, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.float32
 
 
-def test_a_patched_base_keeps_everything_but_codes(
+def test_a_patched_base_keeps_everything_but_codes_and_scales(
     tiny_llama: TinyLlama, tmp_path: Path, read_tensors: ReadTensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tiny_llama(dtype="float16", **WIDE)
@@ -188,8 +188,8 @@ def test_a_patched_base_keeps_everything_but_codes(
     assert receipt.survival is not None and receipt.survival["mean"] > 0.8
     before, after = read_tensors(tmp_path / "quantized"), read_tensors(tmp_path / "out")
     changed = {name for name in before if before[name] != after[name]}
-    assert before.keys() == after.keys() and len(changed) == 4
-    assert all(name.endswith(("q_proj.qweight", "down_proj.qweight")) for name in changed)
+    assert before.keys() == after.keys() and len(changed) == 8
+    assert all(name.endswith(("_proj.qweight", "_proj.scales")) and ("q_proj" in name or "down_proj" in name) for name in changed)
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "quantized" / "config.json").read_bytes()
 
 

@@ -217,7 +217,7 @@ def test_transformers_runs_an_export(quant: str, tiny_llama: TinyLlama, tmp_path
 
 
 @pytest.mark.parametrize("quant", NAMES)
-def test_a_patched_base_keeps_everything_but_codes(
+def test_a_patched_base_keeps_everything_but_codes_and_scales(
     quant: str, tiny_llama: TinyLlama, tmp_path: Path, read_tensors: ReadTensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tiny_llama(dtype="bfloat16", **WIDE)
@@ -232,8 +232,9 @@ def test_a_patched_base_keeps_everything_but_codes(
     assert receipt.survival is not None and receipt.survival["mean"] > 0.8
     before, after = read_tensors(base), read_tensors(tmp_path / "out")
     changed = {name for name in before if before[name] != after[name]}
-    assert before.keys() == after.keys() and len(changed) == 4
-    assert all(name.endswith(("weight_packed", "_proj.weight")) for name in changed)
+    moved = ("weight_packed", "weight_scale") if quant.startswith("w") else ("_proj.weight",)
+    assert before.keys() == after.keys() and len(changed) == 4 * len(moved)
+    assert all(name.endswith(moved) for name in changed)
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     edgeport.export(model=base, output=tmp_path / "again", to="hf", quant=quant)
     assert read_tensors(tmp_path / "again") == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -23,7 +23,7 @@ from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job
 from edgeport.registry import codec
 from edgeport.rounding import Inputs, on_grid
-from edgeport.rounding.patch_aware import DAMPING, descend, rounding
+from edgeport.rounding.patch_aware import DAMPING, descend, refit, rounding
 from edgeport.rounding.stochastic import rounding as stochastic
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -55,37 +55,58 @@ def test_the_descent_is_that_of_plain_arithmetic() -> None:
     inputs = torch.randn(40, columns, dtype=torch.float64)
     moments = inputs.T @ inputs / 40
     middle, distance = torch.randn(columns, rows, dtype=torch.float64), torch.rand(columns, rows, dtype=torch.float64)
-    half = torch.where(torch.rand(columns, rows) < 0.5, distance, -distance)
-    expected = half.clone()
-    descend(moments @ (middle - half), half, moments)
+    error = torch.randn(columns, rows, dtype=torch.float64)  # of a code that need not be either neighbour
+    half = middle - error
+    descend(moments @ error, half, distance, moments)
     for row in range(rows):
         for column in range(columns):
-            other = expected[:, row].clone()
-            other[column] *= -1
-            now, then = (middle[:, row] - one for one in (expected[:, row], other))
-            if then @ moments @ then < now @ moments @ now:
-                expected[:, row] = other
-    assert torch.equal(half, expected)
+            below, above = error[:, row].clone(), error[:, row].clone()
+            below[column] = middle[column, row] - distance[column, row]
+            above[column] = middle[column, row] + distance[column, row]
+            error[:, row] = min(below, above, key=lambda one: float(one @ moments @ one))
+    assert torch.allclose(middle - half, error, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL", "Q8_0"])
 def test_layer_outputs_come_nearer_than_by_chance(format: str) -> None:
     grid, target, inputs = gridded(format, 48, 256)
+    chance = objective(grid.values(on_grid(stochastic, grid, target, "w", 0)) - target, inputs.float())
+    held = replace(grid, scales=None)
     low, high, _ = grid.bracket(target)
-    codes = on_grid(rounding, grid, target, "w", 0, seen(inputs))
+    codes = on_grid(rounding, held, target, "w", 0, seen(inputs))
     assert bool(((codes == low) | (codes == high)).all())
-    found, chance = (
-        objective(grid.values(chosen) - target, inputs.float()) for chosen in (codes, on_grid(stochastic, grid, target, "w", 0))
-    )
-    assert bool((found <= chance * (1 + 1e-5)).all()) and float(found.sum()) < 0.5 * float(chance.sum())
+    kept = objective(grid.values(codes) - target, inputs.float())
+    assert bool((kept <= chance * (1 + 1e-5)).all()) and float(kept.sum()) < 0.5 * float(chance.sum())
+    if grid.scales is not None:
+        codes = on_grid(rounding, grid, target, "w", 0, seen(inputs))
+        share = float(objective(grid.values(codes) - target, inputs.float()).sum()) / float(kept.sum())
+        assert share < 1, share
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_1"])
+def test_scales_are_those_of_least_squares(format: str) -> None:
+    grid, target, inputs = gridded(format, 6, 32)
+    seen = torch.cat([inputs.double(), torch.eye(32, dtype=torch.float64)])  # more tokens than numbers to find
+    moments = seen.T @ seen
+    codes = on_grid(stochastic, grid, target, "w", 0)
+    error = (grid.values(codes) - target).T
+    levels = grid.levels[codes.long()].double()
+    refit(replace(grid, scales=torch.float32), codes, target, (moments @ error.double()).float(), moments.float())
+    for row in range(6):
+        parts = [levels[row]] + [torch.ones(32, dtype=torch.float64)] * grid.shifts
+        design = seen @ torch.stack(parts, 1)
+        found = torch.linalg.lstsq(design, (seen @ target[row].double())[:, None]).solution[:, 0]
+        ours = [grid.step[row, 0], grid.offset[row, 0]][: len(parts)]
+        assert torch.allclose(torch.stack(ours).double(), found, rtol=0.01)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     grid, target, inputs = gridded("Q4_0", 64, 160)
+    other = replace(grid, step=grid.step.clone())
     whole = on_grid(rounding, grid, target, "w", 0, seen(inputs))
-    pieces = [rounding.codes(grid.of_rows(slice(first, first + 16)), target[first : first + 16], "w", first, seen(inputs))
+    pieces = [rounding.codes(other.of_rows(slice(first, first + 16)), target[first : first + 16], "w", first, seen(inputs))
               for first in range(0, 64, 16)]  # fmt: skip
-    assert torch.equal(whole, torch.cat(pieces))
+    assert torch.equal(whole, torch.cat(pieces)) and torch.equal(grid.step, other.step)
 
 
 def test_inputs_are_those_of_the_exact_port(tiny_llama: TinyLlama, tmp_path: Path) -> None:

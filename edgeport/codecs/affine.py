@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+from edgeport.codecs.plain import torch_type
 from edgeport.errors import AmbiguousFormat, BlockMismatch, CorruptCheckpoint, NonFiniteResult
 from edgeport.grid import Grid
 from edgeport.tensor import Part, TensorSpec, Weight
@@ -65,14 +66,19 @@ class Affine:
             grouped.mul_(self.spread(self.scale[some]).unsqueeze(2))
         return values
 
-    def grid(self, bits: int) -> Grid:
-        """The same values: exactly, where scales are 16-bit or zeros in the middle; else but for the last bit."""
+    def grid(self, bits: int, scales: str) -> Grid:
+        """The same values: exactly, where scales are 16-bit or zeros in the middle; else but for the last bit.
+
+        `scales`: the type that they are stored in.
+        """
         import torch
 
         middle = 1 << bits - 1
         levels = torch.arange(-middle, middle, dtype=torch.float32, device=self.codes.device)
         step = self.spread(self.scale)
-        return Grid(levels, step, self.spread(self.zero).sub(middle).mul_(step).neg_(), self.codes, uniform=True)
+        offset = self.spread(self.zero).sub(middle).mul_(step).neg_()
+        own = torch_type(scales) if self.index is None and self.even == self.group else None
+        return Grid(levels, step, offset, self.codes, uniform=True, scales=own)
 
 
 def extremes(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:

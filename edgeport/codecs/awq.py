@@ -110,10 +110,13 @@ class Awq:
         }  # fmt: skip
 
     def grid(self, weight: Weight, parts: Mapping[str, Tensor]) -> Grid:
-        return read(weight, parts).grid(BITS)
+        return read(weight, parts).grid(BITS, grouping_of(weight).scales)
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "qweight": interleave(codes)}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        return {**parts, "scales": to_lines(grid.step.to(torch_type(grouping_of(weight).scales)))}
 
 
 codec = Awq()

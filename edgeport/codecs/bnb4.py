@@ -214,7 +214,8 @@ class Bnb4:
         codes = codes[: len(codes) // weight.columns * weight.columns].view(-1, weight.columns)
         group = gcd(state.blocksize, weight.columns)
         step = _absmax(state, parts).repeat_interleave(state.blocksize // group)[: codes.numel() // group].view(len(codes), -1)
-        return Grid(levels, step, torch.full_like(step, -0.0), codes, uniform=False)
+        own = not state.nested_blocksize and group == state.blocksize
+        return Grid(levels, step, torch.full_like(step, -0.0), codes, scales=torch.float32 if own else None)
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         import torch
@@ -224,6 +225,11 @@ class Bnb4:
         if flat.numel() % 2:
             flat = torch.cat([flat, parts["codes"][-1:] & 15])
         return {**parts, "codes": _pack(flat)}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        import torch
+
+        return {**parts, "absmax": grid.step.reshape(-1).view(torch.uint8)}
 
 
 codec = Bnb4()

@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.codecs.ggml_grids import LAYOUTS, Layout, pack, unpack
+from edgeport.codecs.ggml_grids import LAYOUTS, Layout, pack, rescale, unpack
 from edgeport.errors import (
     BlockMismatch,
     CodecError,
@@ -159,6 +159,10 @@ class Ggml:
         """Raises DecodeOnly for a format whose codes are not one a weight."""
         blocks = parts["data"].reshape(-1, TYPES[weight.format].nbytes)
         return {"data": pack(_layout(weight.format), blocks, codes).view(-1)}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        blocks = parts["data"].reshape(-1, TYPES[weight.format].nbytes)
+        return {"data": rescale(_layout(weight.format), blocks, grid).view(-1)}
 
 
 codec = Ggml()

@@ -59,6 +59,8 @@ class Layout:
     flip: int = 0
     fold: int = 0
     """Mask of the magnitude below a sign bit; negative magnitudes ascend backwards."""
+    halves: tuple[int, ...] = ()
+    """Where the float16 step of a block is, and then its offset, in types whose blocks have no other scales."""
 
 
 def _d(at: int) -> Scales:
@@ -130,15 +132,15 @@ E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
 # Without a grid: the ternary TQ1_0 and TQ2_0, whose bytes can spell what is no ternary number
 LAYOUTS = {
     # bytes:  d 0-1 | codes 2-17
-    "Q4_0": Layout((Plane(2, 16, 16, 4),), range(-8, 8), _d(0)),
+    "Q4_0": Layout((Plane(2, 16, 16, 4),), range(-8, 8), _d(0), halves=(0,)),
     # d 0-1 | m 2-3 | codes 4-19
-    "Q4_1": Layout((Plane(4, 16, 16, 4),), range(16), _d_m),
+    "Q4_1": Layout((Plane(4, 16, 16, 4),), range(16), _d_m, halves=(0, 2)),
     # d 0-1 | bit 4 of the codes in order 2-5 | bits 3-0 6-21
-    "Q5_0": Layout((Plane(6, 16, 16, 4), Plane(2, 4, 1, 1, at=4)), range(-16, 16), _d(0)),
+    "Q5_0": Layout((Plane(6, 16, 16, 4), Plane(2, 4, 1, 1, at=4)), range(-16, 16), _d(0), halves=(0,)),
     # d 0-1 | m 2-3 | bit 4 of the codes in order 4-7 | bits 3-0 8-23
-    "Q5_1": Layout((Plane(8, 16, 16, 4), Plane(4, 4, 1, 1, at=4)), range(32), _d_m),
+    "Q5_1": Layout((Plane(8, 16, 16, 4), Plane(4, 4, 1, 1, at=4)), range(32), _d_m, halves=(0, 2)),
     # d 0-1 | int8 2-33
-    "Q8_0": Layout((Plane(2, 32, 32, 8),), range(-128, 128), _d(0), flip=128),
+    "Q8_0": Layout((Plane(2, 32, 32, 8),), range(-128, 128), _d(0), flip=128, halves=(0,)),
     # scales 0-15 | codes 16-79 | d, dmin 80-83
     "Q2_K": Layout((Plane(16, 64, 32, 2),), range(4), _q2_k),
     # bit 2 of the codes 0-31 | bits 1-0 32-95 | scales 96-107 | d 108-109
@@ -150,7 +152,7 @@ LAYOUTS = {
     # bits 3-0 of the codes 0-127 | bits 5-4 128-191 | scales 192-207 | d 208-209
     "Q6_K": Layout((Plane(0, 128, 64, 4), Plane(128, 64, 32, 2, at=4)), range(-32, 32), _q6_k),
     # d 0-1 | codes 2-17
-    "IQ4_NL": Layout((Plane(2, 16, 16, 4),), IQ4, _d(0)),
+    "IQ4_NL": Layout((Plane(2, 16, 16, 4),), IQ4, _d(0), halves=(0,)),
     # d 0-1 | scales 2-7 | codes 8-135
     "IQ4_XS": Layout((Plane(8, 128, 16, 4),), IQ4, _iq4_xs),
     # e 0 | codes 1-16
@@ -174,8 +176,9 @@ def unpack(layout: Layout, blocks: Tensor, columns: int) -> Grid:
         step.reshape(rows, -1),
         torch.full_like(step, -0.0).reshape(rows, -1) if offset is None else offset.reshape(rows, -1),
         codes.view(rows, columns),
-        uniform=isinstance(layout.levels, range),
-    )
+        uniform=isinstance(layout.levels, range), scales=torch.float16 if layout.halves else None,
+        shifts=len(layout.halves) > 1,
+    )  # fmt: skip
 
 
 def pack(layout: Layout, blocks: Tensor, codes: Tensor) -> Tensor:
@@ -191,6 +194,16 @@ def pack(layout: Layout, blocks: Tensor, codes: Tensor) -> Tensor:
         packed = stored.narrow(1, plane.start, plane.nbytes).zero_().view(len(blocks), -1, plane.width)
         for piece, shift in zip(pieces, plane.shifts, strict=True):
             packed |= ((piece >> plane.at) & plane.mask) << shift
+    return stored
+
+
+def rescale(layout: Layout, blocks: Tensor, grid: Grid) -> Tensor:
+    """A copy of `blocks` (uint8 [blocks, bytes]) with the grid's scales, and nothing else changed."""
+    import torch
+
+    stored = blocks.clone()
+    for at, values in zip(layout.halves, (grid.step, grid.offset), strict=False):
+        stored[:, at : at + 2] = values.reshape(-1, 1).to(torch.float16).view(torch.uint8)
     return stored
 
 

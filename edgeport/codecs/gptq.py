@@ -145,10 +145,13 @@ class Gptq:
         return stored
 
     def grid(self, weight: Weight, parts: Mapping[str, Tensor]) -> Grid:
-        return read(weight, parts).grid(packing_of(weight).bits)
+        return read(weight, parts).grid(packing_of(weight).bits, packing_of(weight).scales)
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "qweight": to_lines(words(codes, packing_of(weight).bits))}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        return {**parts, "scales": to_lines(grid.step.to(torch_type(packing_of(weight).scales)))}
 
 
 codec = Gptq()

@@ -110,12 +110,19 @@ class NBits:
         codes = _codes(parts["codes"], how).view(-1, weight.columns)
         levels = torch.arange(1 << how.bits, dtype=torch.float32, device=step.device)
         if how.symmetric:
-            return Grid(levels - how.middle, step, torch.full_like(step, -0.0), codes, uniform=True)
+            levels, offset = levels - how.middle, torch.full_like(step, -0.0)
+            return Grid(levels, step, offset, codes, uniform=True, scales=torch_type(how.scale))
         zeros = _unpacked(parts["zeros"], how.bits).view(len(step), -1)[:, :per_row]
-        return Grid(levels, step, zeros.float().mul_(step).neg_(), codes, uniform=True)
+        offset = zeros.float().mul_(step).neg_()
+        return Grid(levels, step, offset, codes, uniform=True, scales=torch_type(how.scale))
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "codes": _stored(codes.reshape(-1), blocks_of(weight))}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        import torch
+
+        return {**parts, "scales": grid.step.reshape(-1).to(torch_type(blocks_of(weight).scale)).view(torch.uint8)}
 
 
 codec = NBits()

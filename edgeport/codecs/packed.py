@@ -139,10 +139,15 @@ class Packed:
         return stored | {"shape": size.view(torch.uint8)}
 
     def grid(self, weight: Weight, parts: Mapping[str, Tensor]) -> Grid:
-        return read(weight, parts).grid(scheme_of(weight).bits)
+        return read(weight, parts).grid(scheme_of(weight).bits, scheme_of(weight).scales)
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "packed": pack(codes, scheme_of(weight).bits).view(-1)}
+
+    def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
+        import torch
+
+        return {**parts, "scale": grid.step.to(torch_type(scheme_of(weight).scales)).view(-1).view(torch.uint8)}
 
 
 codec = Packed()

@@ -1,7 +1,7 @@
 """How a value between two numbers of a format becomes one of them: one rule a file, each holding a `rounding`.
 
 Nearest rounding with fresh scales is right for weights that have never been rounded. On weights that lie on the
-format's grid already it returns the old codes and erases a patch, so the other rules keep the scales and move codes.
+format's grid already it returns the old codes and erases a patch, so the other rules move codes on the grid that is there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Rounding(Protocol):
     name: str
     calibrated: bool
     """Whether it has to see what the layer is given on a text."""
+    rescales: bool
+    """Whether it gives groups other scales, where the grid has a type for them."""
     pieces: int
     """Into how many pieces a block of rows is cut, so that temporaries stay small."""
 
@@ -43,7 +45,7 @@ class Rounding(Protocol):
 
         The rows are a weight's from `first` on, and the result for a row does not depend on its neighbours: the same
         port gives the same bytes however its blocks are cut. `draws` seeds what is random. `inputs`: on the target's
-        device, where the rule is calibrated.
+        device, where the rule is calibrated. A rule that rescales writes into the grid's `step` and `offset`.
         """
         ...
 

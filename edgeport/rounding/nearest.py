@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Nearest:
     name = NEAREST
     calibrated = False
+    rescales = False
     pieces = 8
 
     def scratch(self, columns: int, tokens: int) -> float:

@@ -1,15 +1,22 @@
-"""Rounding on the grid as it stands so that the layer's outputs, and not its weights, come out as the exact port's.
+"""Rounding on the grid so that the layer's outputs, and not its weights, come out as the exact port's.
 
-Each value keeps one of the two codes around it. From unbiased random choices, coordinate descent goes over the columns
+Each value takes one of the two codes around it. From unbiased random choices, coordinate descent goes over the columns
 and gives each value the one of its two errors that leaves less, for its row of errors e = stored - exact, of
 
     mean over the tokens of (e . x)^2 + damping * |e|^2,
 
 x being what the layer is given on a text that need not be about the patch, and the directions that the patch reads. The
-damping, a share of the inputs' mean square, holds what so few tokens say nothing of. The objective is that of
-Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020, arXiv 2004.10568), and of
-Frantar et al., GPTQ (ICLR 2023, arXiv 2210.17323), whose lazy batches of columns are used; descent over both neighbours
-of every value as in Behdin et al., QuantEase (arXiv 2309.01885).
+damping, a share of the inputs' mean square, holds what so few tokens say nothing of. Random choices to begin with, since
+the least errors are those that undo the patch: started from none, the descent leaves a fifth of it out of every layer.
+
+Where a format keeps a scale (and a minimum) for each group of columns, every sweep also gives it the value that leaves
+least of the same, as far as its type can say it: the two numbers of 32 columns take up most of what the codes leave on
+the few directions that inputs mostly have.
+
+The objective is that of Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020, arXiv
+2004.10568), and of Frantar et al., GPTQ (ICLR 2023, arXiv 2210.17323), whose lazy batches of columns are used; descent
+over both neighbours of every value as in Behdin et al., QuantEase (arXiv 2309.01885); codes and scales by turns, the
+latter by least squares, as in Zhang et al., LQ-Nets (ECCV 2018, arXiv 1807.10029).
 """
 
 from __future__ import annotations
@@ -17,7 +24,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from edgeport.rounding.draws import uniform
+from edgeport.rounding import on_grid
+from edgeport.rounding.stochastic import rounding as chance
 
 if TYPE_CHECKING:
     import torch
@@ -26,69 +34,78 @@ if TYPE_CHECKING:
     from edgeport.grid import Grid
     from edgeport.rounding import Inputs
 
-DAMPING = 0.03
+DAMPING = 0.05
 """Of the inputs' mean square. Less of it lets errors along the patch grow, more of it draws towards the old codes."""
-SWEEPS = 2
+SWEEPS = 3
 COLUMNS = 128
 """Columns between two updates of the outputs on all tokens, as in GPTQ's lazy batches."""
-PIECES = 8
-"""Of the rows, when the codes around them are found, so that temporaries stay small."""
 NARROW = 8
 """Columns between two updates of the rest of such a batch: one matrix product then does for many outer ones."""
+RIDGE = 1e-3
+"""Of what a scale weighs by itself, in favour of the one that is there."""
 
 
 class PatchAware:
     name = "patch-aware"
     calibrated = True
+    rescales = True
     pieces = 1
 
     def scratch(self, columns: int, tokens: int) -> float:
-        # three float32 matrices, three of bytes; the outputs on every token; six batches of columns
-        return 15.0 + (4.0 * tokens + 24.0 * COLUMNS) / max(columns, 1)
+        # the codes and what draws them; the outputs on every token; a batch of columns in 13 float32 matrices
+        return 2.0 + chance.scratch(columns, tokens) / chance.pieces + (4.0 * tokens + 52.0 * COLUMNS) / max(columns, 1)
 
     def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None) -> Tensor:
         import torch
 
         assert inputs is not None
-        less, more, middle, half = two_errors(grid, target, draws, first)
+        rows, columns, share = len(target), target.shape[1], 1 / len(inputs.rows)
         dtype, damping = dtype_for(target.device), DAMPING * inputs.mean_square
         if not inputs.moments:
             inputs.moments.extend(moments_of(inputs.rows, dtype, damping))
-        batches = [slice(start, start + COLUMNS) for start in range(0, target.shape[1], COLUMNS)]
+        batches = [slice(start, min(start + COLUMNS, columns)) for start in range(0, columns, COLUMNS)]
+        codes = on_grid(chance, grid, target, draws, first)
         # divided by the tokens, as the moments are
-        outputs = torch.zeros(len(inputs.rows), len(target), dtype=dtype, device=target.device)
+        outputs = torch.zeros(len(inputs.rows), rows, dtype=dtype, device=target.device)
         for some in batches:
-            outputs.addmm_(inputs.rows[:, some].to(dtype), (middle[some] - half[some]).to(dtype), alpha=1 / len(inputs.rows))
+            error = error_of(grid.of_columns(some), codes[:, some], target[:, some])
+            outputs.addmm_(inputs.rows[:, some].to(dtype), error.to(dtype), alpha=share)
         for _ in range(SWEEPS):
             for some, moments in zip(batches, inputs.moments, strict=True):
-                seen, before = inputs.rows[:, some].to(dtype), half[some].clone()
-                slope = (seen.T @ outputs).float().add_(middle[some], alpha=damping).sub_(before, alpha=damping)
-                descend(slope, half[some], moments)
-                outputs.addmm_(seen, before.sub_(half[some]).to(dtype), alpha=1 / len(inputs.rows))
-        return torch.where(half.T < 0, more, less)
+                part, exact, seen = grid.of_columns(some), target[:, some], inputs.rows[:, some].to(dtype)
+                before = error_of(part, codes[:, some], exact)
+                slope = (seen.T @ outputs).float().add_(before, alpha=damping)
+                chosen, error = descended(part, exact, before, slope.clone(), moments)
+                codes[:, some] = chosen
+                if part.scales is not None:
+                    slope.addmm_(moments, error.sub_(before))
+                    refit(part, chosen, exact, slope, moments)
+                    error = error_of(part, chosen, exact).sub_(before)
+                else:
+                    error.sub_(before)
+                outputs.addmm_(seen, error.to(dtype), alpha=share)
+        return codes
 
 
-def two_errors(grid: Grid, target: Tensor, draws: str, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two codes around every value, by value (uint8 [rows, columns] each), and their errors: middle - half is that of
-    the one that an unbiased draw chooses, and middle + half the other's (float32 [columns, rows] each).
+def error_of(grid: Grid, codes: Tensor, exact: Tensor) -> Tensor:
+    """float32 [columns, rows]: what the codes (uint8 [rows, columns]) stand for, less what they should."""
+    return grid.values(codes).sub_(exact).T.contiguous()
+
+
+def descended(grid: Grid, exact: Tensor, before: Tensor, slope: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """One sweep over a batch of columns: its codes (uint8 [rows, columns]) and their errors (float32 [columns, rows]).
+
+    `before` [columns, rows]: the errors as they are. `slope` and `moments` are `descend`'s.
     """
     import torch
 
-    rows, columns = target.shape
-    less, more = torch.empty_like(grid.codes), torch.empty_like(grid.codes)
-    middle, half = target.new_empty(columns, rows), target.new_empty(columns, rows)
-    size = -(-rows // PIECES) or 1
-    for some in (slice(start, min(start + size, rows)) for start in range(0, rows, size)):
-        part = grid.of_rows(some)
-        low, high, fraction = part.bracket(target[some])
-        up = uniform(draws, first + some.start, len(low), columns, target.device) < fraction
-        below, above = part.values(low), part.values(high)
-        downward = above < below
-        less[some], more[some] = torch.where(downward, high, low), torch.where(downward, low, high)
-        distance = above.sub_(below).mul_(0.5)
-        middle[:, some] = below.sub_(target[some]).add_(distance).T
-        half[:, some] = torch.where(up, -distance, distance).T
-    return less, more, middle, half
+    low, high, _ = grid.bracket(exact)
+    below, above = error_of(grid, low, exact), error_of(grid, high, exact)
+    middle, distance = (below + above).mul_(0.5), (above - below).mul_(0.5)
+    half = middle - before
+    descend(slope, half, distance.abs(), moments)
+    # a negative step turns the two around
+    return torch.where(((half < 0) == (distance >= 0)).T, high, low), middle.sub_(half)
 
 
 def moments_of(rows: Tensor, dtype: torch.dtype, damping: float) -> Iterator[Tensor]:
@@ -100,23 +117,60 @@ def moments_of(rows: Tensor, dtype: torch.dtype, damping: float) -> Iterator[Ten
         yield moments
 
 
-def descend(slope: Tensor, half: Tensor, moments: Tensor) -> None:
-    """Give `half` [columns, rows], one column after the other, the sign with which middle - half leaves less.
+def descend(slope: Tensor, half: Tensor, distance: Tensor, moments: Tensor) -> None:
+    """Make `half` [columns, rows], one column after the other, distance or -distance, with which middle - half leaves less.
 
-    `moments`: [columns, columns]. `slope` [columns, rows], half the objective's gradient, is followed and lost.
+    Before, middle - half is the error as it is, whatever that may be. `moments`: [columns, columns]. `slope`
+    [columns, rows], half the objective's gradient at it, is followed and lost.
     """
     import torch
 
     # what a column's own value and those of the columns before it have brought in is taken out, and then brought in anew
     slope.addmm_(moments.tril(), half)
-    half.abs_()
     for start in range(0, len(slope), NARROW):
         stop = start + NARROW
         narrow, following = slope[start:stop], moments[start:stop, start:stop].triu(1)
-        for value, place, effect in zip(half[start:stop].unbind(), narrow.unbind(), following.unbind(), strict=True):
-            torch.copysign(value, place, out=value)
+        places = zip(half[start:stop].unbind(), distance[start:stop].unbind(), narrow.unbind(), following.unbind(), strict=True)
+        for value, size, place, effect in places:
+            torch.copysign(size, place, out=value)
             narrow.addr_(effect, value, alpha=-1)
         slope[stop:].addmm_(moments[stop:, start:stop], half[start:stop], alpha=-1)
+
+
+def refit(grid: Grid, codes: Tensor, exact: Tensor, slope: Tensor, moments: Tensor) -> None:
+    """Give each group of the grid, one after the other, the step (and the offset, if it shifts) that leaves least.
+
+    With a group's values v and errors e, the least of (e + a v + b) under the moments is where a and b solve two linear
+    equations; b only of a grid that shifts. `codes` uint8 and `exact` [rows, columns]; `slope` [columns, rows], half the
+    objective's gradient as things are, follows.
+    """
+    import torch
+
+    assert grid.scales is not None
+    size = grid.group
+    for place in range(grid.step.shape[1]):
+        some = slice(place * size, (place + 1) * size)
+        group, within = grid.of_columns(some), moments[some, some]
+        error = error_of(group, codes[:, some], exact[:, some])
+        values = exact[:, some].T + error
+        felt = within @ values
+        weight = (values * felt).sum(0).mul_(1 + RIDGE)
+        wish = -(values * slope[some]).sum(0)
+        step, offset = group.step[:, 0], group.offset[:, 0]
+        if grid.shifts:
+            # by elimination of b, which every value of the group takes
+            flat, of_flat = within.sum() * (1 + RIDGE), felt.sum(0)
+            wish_flat = -slope[some].sum(0)
+            factor = (wish - of_flat * wish_flat / flat) / (weight - of_flat.square() / flat)
+            shift = (wish_flat - of_flat * factor) / flat
+        else:
+            factor, shift = wish / weight, torch.zeros_like(step)
+        found = (step * (1 + factor)).to(grid.scales).float()
+        moved = (offset * (1 + factor) + shift).to(grid.scales).float() if grid.shifts else offset * (found / step)
+        able = found.isfinite() & moved.isfinite() & (found * step > 0)
+        step.copy_(torch.where(able, found, step))
+        offset.copy_(torch.where(able, moved, offset))
+        slope.addmm_(moments[:, some], error_of(group, codes[:, some], exact[:, some]).sub_(error))
 
 
 def dtype_for(device: torch.device) -> torch.dtype:

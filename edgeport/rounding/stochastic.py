@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Stochastic:
     name = "stochastic"
     calibrated = False
+    rescales = False
     pieces = 8
 
     def scratch(self, columns: int, tokens: int) -> float:
