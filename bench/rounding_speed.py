@@ -1,8 +1,8 @@
 """What rounding on a grid costs: seconds for a million weights, from stored bytes to stored bytes.
 
 `python -m bench.rounding_speed [FORMAT ...] [--device cuda] [--columns 1024 4096] [-o speed.json]` moves made-up weights by
-a change of 1 %, a block of a million at a time as a port does, with each rule; patch-aware sees 1,024 made-up tokens, and
-getting at real ones (one run of the text through the model) is not in it. The best of --repeats.
+a change of 1 %, a block of a million at a time as a port does, with each rule; patch-aware sees as many made-up tokens as a
+port has real ones, and getting at those (one run of the text through the model) is not in it. The best of --repeats.
 """
 
 from __future__ import annotations
