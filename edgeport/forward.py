@@ -19,7 +19,7 @@ from edgeport.blocks import decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
 from edgeport.memory import trim_heap
 from edgeport.seams import Executable, Scorer, Source
-from edgeport.tensor import Weight
+from edgeport.tensor import Weight, is_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,8 +33,6 @@ BLOCK_ELEMENTS = 1 << 18
 multiplying take far longer than the call."""
 # What would make transformers look for code or kernels that the decoded weights do not need.
 NOT_THE_MODEL = ("auto_map", "quantization_config")
-# Buffers that older transformers stored with the weights, and that today's compute from the config.
-NOT_A_WEIGHT = r"rotary_emb\.inv_freq$"
 
 
 def silent() -> None:
@@ -96,8 +94,7 @@ def stream(source: Source, done: Done = silent) -> Streamed:
     table, name = f"{paths[model.get_input_embeddings()]}.weight", f"{paths[head]}.weight"
     tied = name not in source.weights and bool(model.config.tie_word_embeddings)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not (tied and key == name)}
-    patterns = [NOT_A_WEIGHT, *(model._keys_to_ignore_on_load_unexpected or ())]
-    check(source, shapes, patterns, padded={table, name})
+    check(source, shapes, list(model._keys_to_ignore_on_load_unexpected or ()), padded={table, name})
     owned: dict[str, dict[str, Weight]] = {}
     for key in shapes:
         path, _, attribute = key.rpartition(".")
@@ -177,7 +174,7 @@ def check(source: Source, shapes: Mapping[str, tuple[int, ...]], ignored: list[s
     """The source has the weights that the model has, and no others. The `padded` ones may have any number of rows."""
     absent = [name for name in shapes if name not in source.weights]
     extra = [name for name in source.weights if name not in shapes]
-    unused = [name for name in extra if not any(re.search(pattern, name) for pattern in ignored)]
+    unused = [name for name in extra if not is_buffer(name) and not any(re.search(pattern, name) for pattern in ignored)]
     for names, what in ((absent, "it lacks"), (unused, "the model that its config describes has no place for")):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

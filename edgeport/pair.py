@@ -11,7 +11,7 @@ from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, Targe
 from edgeport.patches.names import find
 from edgeport.seams import Source
 from edgeport.steps import common_granule
-from edgeport.tensor import EMBEDDING, HEAD, Weight
+from edgeport.tensor import EMBEDDING, HEAD, Weight, is_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,18 @@ def matched(old: Source, new: Source) -> list[Both]:
     Raises TargetMissing, MissingTensor, ShapeMismatch where they are not of one architecture and size.
     """
     found: dict[str, Both] = {}
-    for name, weight in new.weights.items():
-        before = find(name, old.weights)
+    before_all, after_all = ({name: one for name, one in source.weights.items() if not is_buffer(name)} for source in (old, new))
+    for name, weight in after_all.items():
+        before = find(name, before_all)
         if before is None:
             raise TargetMissing(f"{new.path.name} has {name}, which {old.path.name} does not; they are not of one architecture")
         found[before.name] = paired(before.name, before, weight)
-    for name, weight in old.weights.items():
-        if name == HEAD and name not in found and (embedding := find(HEAD, new.weights)):
+    for name, weight in before_all.items():
+        if name == HEAD and name not in found and (embedding := find(HEAD, after_all)):
             found[name] = paired(name, weight, embedding)
         elif name not in found:
             raise MissingTensor(f"{old.path.name} has {name}, which {new.path.name} does not; they are not of one architecture")
-    return [found[name] for name in dict.fromkeys([*old.weights, *found])]
+    return [found[name] for name in dict.fromkeys([*before_all, *found])]
 
 
 def paired(name: str, old: Weight, new: Weight) -> Both:

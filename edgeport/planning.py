@@ -231,15 +231,19 @@ def collect_edits(source: Source, patches: Sequence[Patch], old: Source | None) 
 def with_ties(source: Source, edits: Mapping[str, list[list[Edit]]]) -> list[Work]:
     """One entry for each output weight: name, the stored weight it starts from, its edits in the order of the patches.
 
-    On a tied base an edit of only one of embedding and head unties them: the head becomes a weight of its own.
+    On a tied base an edit of only one of embedding and head unties them: the head becomes a weight of its own. Where a
+    tied base stores its head all the same, it gets what the embedding gets, unless the patch says another.
     """
     flat = {name: tuple(edit for part in parts for edit in part) for name, parts in edits.items()}
     work = [(name, weight, flat.get(name, ())) for name, weight in source.weights.items()]
-    if HEAD in source.weights or EMBEDDING not in source.weights:
+    stored = HEAD in source.weights
+    if EMBEDDING not in source.weights or (stored and not source.config.get("tie_word_embeddings")):
         return work
     none: list[list[Edit]] = [[] for _ in next(iter(edits.values()), [])]
     pairs = zip(edits.get(EMBEDDING, none), edits.get(HEAD, none), strict=True)
     head = tuple(edit for below, own in pairs for edit in head_edits(below, own))
+    if stored:
+        return [(name, weight, head if name == HEAD else todo) for name, weight, todo in work]
     if head == flat.get(EMBEDDING, ()):
         return work
     embedding = source.weights[EMBEDDING]
@@ -308,7 +312,9 @@ def grows(work: Sequence[Work]) -> bool:
 def adapted_config(source: Source, work: Sequence[Work]) -> dict[str, Any]:
     """config.json as the edits make it: an untied head, a grown vocabulary."""
     adapted = dict(source.config)
-    if HEAD not in source.weights and any(name == HEAD for name, _, _ in work):
+    todo = {name: edits for name, _, edits in work}
+    tied = HEAD not in source.weights or adapted.get("tie_word_embeddings")
+    if tied and HEAD in todo and todo[HEAD] != todo[EMBEDDING]:
         adapted["tie_word_embeddings"] = False
     rows = {final_shape(origin, todo)[0] for name, origin, todo in work if name in (EMBEDDING, HEAD)}
     if len(rows) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -9,6 +10,12 @@ from math import prod
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 """The two weights that a model may tie: a tied model has no head of its own."""
+BUFFER = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether it is a table that old checkpoints store (Llama 2's) and every program computes for itself."""
+    return BUFFER.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

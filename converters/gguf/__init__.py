@@ -23,7 +23,7 @@ from edgeport.codecs.plain import TYPES as PLAIN
 from edgeport.errors import ConvertError, CorruptCheckpoint, NotACheckpoint, about
 from edgeport.registry import codec_of
 from edgeport.seams import Factors, FileLayout, Source, Target
-from edgeport.tensor import EMBEDDING, HEAD, Arrangement, Part, TensorSpec, Weight
+from edgeport.tensor import EMBEDDING, HEAD, Arrangement, Part, TensorSpec, Weight, is_buffer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,6 +163,9 @@ class GGUFSink:
 
         return {name: torch.from_numpy(values) for name, values in self.matrix.items()}
 
+    def takes(self, name: str) -> bool:
+        return not is_buffer(name)
+
     def place(self, weight: Weight) -> Weight:
         with about(weight.name):
             name, arrangement = self.family.tensor(weight.name, self.target.config)
@@ -240,8 +243,9 @@ def sized(part: Part, weight: Weight) -> TensorSpec:
 
 def tensor_names(source: Source, family: families.Family, config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF name and shape of every weight that the output will have."""
-    shapes = {name: weight.shape for name, weight in source.weights.items() if not family.dropped(name)}
-    if not config.get("tie_word_embeddings") and HEAD not in shapes and EMBEDDING in shapes:
+    shapes = {name: weight.shape for name, weight in source.weights.items() if not is_buffer(name)}
+    # Gemma's own config.json leaves the word out and means that they are
+    if config.get("tie_word_embeddings") is False and HEAD not in shapes and EMBEDDING in shapes:
         shapes[HEAD] = shapes[EMBEDDING]  # a patch unties them
     return {name: (family.tensor(name, config)[0], shape) for name, shape in shapes.items()}
 
@@ -324,7 +328,7 @@ def well_formed() -> Iterator[None]:
 
 def widest(source: Source) -> str:
     """The plain type that holds every weight of a source without loss."""
-    formats = {weight.format for weight in source.weights.values()}
+    formats = {weight.format for name, weight in source.weights.items() if not is_buffer(name)}
     return next((name for name in ("F32", "BF16", "F16") if name in formats), "F16") if formats <= set(PLAIN) else "BF16"
 
 

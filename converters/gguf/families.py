@@ -71,9 +71,6 @@ TENSORS = (
     ),
 )
 
-# Buffers that old checkpoints store and every program computes for itself.
-DROPPED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
-
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -165,10 +162,6 @@ class Family:
         """config.json's bias switches, as the GGUF's tensor names tell."""
         signs = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
         return {switch: signs[switch] in gguf_names for switch in family_of(self.arch).biased}
-
-    def dropped(self, hf_name: str) -> bool:
-        """Whether the tensor carries nothing that an output needs."""
-        return DROPPED.fullmatch(hf_name) is not None
 
     def tensor(self, hf_name: str, config: Mapping[str, Any]) -> tuple[str, Arrangement]:
         """The GGUF name of a transformers tensor, and how its values lie there. Raises UnmappedTensor."""

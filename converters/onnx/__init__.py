@@ -26,7 +26,7 @@ from edgeport.encoders import encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, about
 from edgeport.registry import codec
 from edgeport.seams import FileLayout, Source, Target
-from edgeport.tensor import HEAD, Arrangement, Weight
+from edgeport.tensor import HEAD, Arrangement, Weight, is_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,9 @@ class OnnxSink:
     folder: bool = True
     importance: Mapping[str, Tensor] | None = None
     notes: Sequence[str] = ()
+
+    def takes(self, name: str) -> bool:
+        return not is_buffer(name)
 
     def place(self, weight: Weight) -> Weight:
         with about(weight.name):

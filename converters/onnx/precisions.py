@@ -11,6 +11,7 @@ from edgeport.codecs.plain import TYPES
 from edgeport.errors import ConvertError, UnknownName
 from edgeport.registry import miss
 from edgeport.seams import Source, Target
+from edgeport.tensor import is_buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def precision(name: str) -> str:
 
 def settings(target: Target, source: Source) -> Settings:
     """Raises UnknownName, ConvertError for options that do not go together."""
-    formats = {weight.format for weight in source.weights.values()}
+    formats = {weight.format for name, weight in source.weights.items() if not is_buffer(name)}
     widest = next((name for format, name in AS_STORED.items() if format in formats), "int8")
     main = precision(target.quant or (widest if formats <= set(TYPES) else "int8"))
     head = precision(target.output_tensor_type or main)
