@@ -178,6 +178,7 @@ class Patch(Protocol):
     scale: float
     tensors: Mapping[str, TensorSpec]
     files: Sequence[Path]
+    """Whatever the change depends on, the file that says its scale among them: what a manifest hashes."""
     facts: Mapping[str, Any]
     """What `inspect` shows: rank, true scaling, target modules ..."""
 

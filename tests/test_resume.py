@@ -201,6 +201,12 @@ def test_what_cannot_be_resumed(interrupted: Job, tmp_path: Path) -> None:
     with pytest.raises(NotResumable, match="told otherwise"):
         edgeport.port(**interrupted | {"patch": f"{interrupted['patch']}:0.5"})
     assert bad_input.listing(tmp_path) == before
+    config = interrupted["patch"] / "adapter_config.json"
+    told = config.read_text()
+    config.write_text(json.dumps(json.loads(told) | {"lora_alpha": 60}))
+    with pytest.raises(NotResumable, match=r"adapter_config\.json has changed since the run was interrupted"):
+        edgeport.port(**interrupted)
+    config.write_text(told)
     file = interrupted["new_base"] / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1

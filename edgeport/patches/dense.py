@@ -34,7 +34,7 @@ class DensePatch:
 
     @property
     def files(self) -> Sequence[Path]:
-        return [self.path / FILE]
+        return [path for path in (self.path / FILE, self.path / RECORD) if path.is_file()]
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

@@ -273,7 +273,7 @@ class LoraKind:
         for name, place in stored.items():
             if "F" not in place.dtype:
                 raise UnsupportedPatch(f"the patch tensor {name} is of type {place.dtype}, and not of floating point")
-        return LoraPatch(path, config, stored, [file], scale, recorded_base(path))
+        return LoraPatch(path, config, stored, [file, path / CONFIG], scale, recorded_base(path))
 
 
 patch_kind = LoraKind()
