@@ -14,7 +14,7 @@ from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, verify_hashes
 from edgeport.memory import parse_bytes
 from edgeport.planning import Method, Plan, make_plan, manifest_path
-from edgeport.registry import converter
+from edgeport.registry import converter, miss
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
 from edgeport.steps import Limits
@@ -91,6 +91,9 @@ def plan(
     **options: Unpack[PortOptions],
 ) -> Plan:
     """Decide everything from headers alone; nothing is written. Raises EdgeportError for every mistake in the input."""
+    # at run time Unpack takes any name, and a misspelt option would be one that was not given
+    for name in options.keys() - PortOptions.__optional_keys__:
+        raise TypeError(miss(sorted(PortOptions.__optional_keys__), name, "option"))
     if options.get("keep_format") and options.get("quant"):
         raise UnknownName(f"--keep-format and --quant {options['quant']} contradict each other; give one of them")
     offline = options.get("offline", False)
@@ -174,7 +177,8 @@ def port(
 def export(
     *, model: Location, output: Location, resume: bool = False, progress: Progress = silent, **options: Unpack[Options]
 ) -> Receipt:
-    """Write a model in another container or precision: the same stream without a patch."""
+    """Write a model in another container (gguf unless `to` says so) or precision: the same stream without a patch."""
+    options.setdefault("to", "gguf")
     return run(plan(new_base=model, output=output, **options), progress=progress, resume=resume)
 
 
