@@ -75,6 +75,7 @@ class ExtractionPlan:
     room: int
     """Bytes of the longest header."""
     bytes_out: int
+    overwrite: bool
 
     @property
     def bytes_in(self) -> int:
@@ -200,7 +201,7 @@ def plan_extraction(
     # what --energy will need no header tells; rarely as much as it may
     likely = specs_at_most(pairs, forms, Keep(LEAST_WIDTH)) if keep.energy else most
     check_disk(output, len(header) + sum(spec.nbytes for spec in likely) + DISK_SLACK_BYTES)
-    return ExtractionPlan(old, tuned, keep, output, limits, changes, len(header), size)
+    return ExtractionPlan(old, tuned, keep, output, limits, changes, len(header), size, overwrite)
 
 
 def form_of(both: Both, keep: Keep) -> str:

@@ -38,11 +38,11 @@ from edgeport.patches import dense
 from edgeport.patches.lora import CONFIG, TOKENIZER_FILES
 from edgeport.patches.lora_config import lora_config, spelled
 from edgeport.patches.names import PEFT_PREFIX
-from edgeport.planning import MANIFEST
+from edgeport.planning import MANIFEST, check_output
 from edgeport.registry import codec
 from edgeport.run import Progress, check_budget, silent
 from edgeport.seams import FileLayout
-from edgeport.staging import Staging, staged
+from edgeport.staging import Staging, claimed, staged
 from edgeport.steps import COPY_BYTES, stored_alike
 from edgeport.survival import inner
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
@@ -92,7 +92,8 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     return_freed_blocks()
     began = time.perf_counter()
     file = Appended(plan.file, plan.room)
-    with torch.no_grad(), metered() as meter, ThreadPoolExecutor(1) as hasher:
+    with torch.no_grad(), claimed(plan.output), metered() as meter, ThreadPoolExecutor(1) as hasher:
+        check_output(plan.output, True, plan.overwrite)
         inputs = hasher.submit(described, {"old_base": plan.old, "tuned": plan.tuned})
         with staged(plan.output, [file.layout], True) as staging:
             facts = []

@@ -62,8 +62,8 @@ def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:
 
     Raises NotResumable where the interrupted run was of other inputs, or asked for something else.
     """
-    path, place = journal_path(plan.target.output), staging_path(plan.target.output)
-    interrupted = path.is_file() and place.is_dir()
+    path = journal_path(plan.target.output)
+    interrupted = path.is_file()
     depends = json.loads(json.dumps(dependencies(plan, steps)))
     lines = list(entries(path)) if interrupted else []
     if not resume or not lines:

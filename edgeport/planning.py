@@ -84,6 +84,7 @@ class Plan:
     """On disk while the output is made."""
     rule: Rule
     adapter: Adapter | None = None
+    overwrite: bool = False
     made_on: Source | None = None
     """The old base, also where the semantics leave it out."""
 
@@ -198,7 +199,7 @@ def make_plan(
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on(work), *sink.notes, *notes_on_rounding(steps, hindrance)),
-        probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, made_on=made_on,
+        probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
 

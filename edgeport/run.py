@@ -22,13 +22,13 @@ from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
-from edgeport.planning import Plan
+from edgeport.planning import Plan, check_output
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
 from edgeport.rounding import UNCALIBRATED, Inputs, on_grid
 from edgeport.seams import Finishing
 from edgeport.settling import settled
-from edgeport.staging import Staging, staged
+from edgeport.staging import Staging, claimed, staged
 from edgeport.steps import COPY_BYTES, Limits, Step, stored_alike
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
@@ -60,7 +60,8 @@ def run(
 
     return_freed_blocks()
     began = time.perf_counter()
-    with torch.no_grad(), Activations(plan, lambda text: progress(text, 0)) as activations:
+    with torch.no_grad(), claimed(plan.target.output), Activations(plan, lambda text: progress(text, 0)) as activations:
+        check_output(plan.target.output, plan.sink.folder, plan.overwrite)
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         journal = journals.opened(plan, steps, resume)

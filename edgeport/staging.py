@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines
-from edgeport.errors import PlanViolation
+from edgeport.errors import OutputExists, PlanViolation
 from edgeport.planning import journal_path, manifest_path, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 if sys.platform == "win32":
     raise ImportError("edgeport writes by positioned writes, which Windows lacks; use WSL")
+import fcntl
 
 
 @dataclass(slots=True)
@@ -81,16 +83,50 @@ class Staging:
 
 
 @contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """In the block the place where `output` is made is there, and no other run's. Raises OutputExists where it is.
+
+    The system lets go of the lock when the process ends, however it ends. A place that is left empty is removed.
+    """
+    place = staging_path(output)
+    place.mkdir(exist_ok=True)
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        lock(handle, output)
+        if not is_at(handle, place):
+            raise OutputExists(f"another run into {output} has ended at this moment; see what it has written, and start again")
+        yield
+    finally:
+        if is_at(handle, place):
+            with suppress(OSError):
+                place.rmdir()
+        os.close(handle)
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether what is open still has that name."""
+    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+
+
+def lock(handle: int, output: Path) -> None:
+    """Raises OutputExists where another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputExists(f"another run is writing {output} at this moment; wait for it, or give another -o") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
+            raise
+
+
+@contextmanager
 def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: Journal | None = None) -> Iterator[Staging]:
     """Files filled in the block appear as `output` when it ends, and leave nothing behind when it fails.
 
-    With a journal that has weights in it, the files of the interrupted run are filled further.
+    `output` is claimed. With a journal that has weights in it, the files of the interrupted run are filled further.
     """
     place = staging_path(output)
-    if place.exists() and not (journal and journal.done):
-        shutil.rmtree(place)
-    place.mkdir(exist_ok=True)
-    sweep(place, (layout.name for layout in layouts))
+    sweep(place, (layout.name for layout in layouts) if journal and journal.done else ())
     staging, kept = Staging(place, {}, layouts), False
     try:
         for layout in layouts:
@@ -113,15 +149,18 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: J
     finally:
         staging.close()
         if not kept:
-            shutil.rmtree(place, ignore_errors=True)
             journal_path(output).unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def sweep(place: Path, files: Iterable[str]) -> None:
-    """Remove what an interrupted run has put beside the files that it was to fill."""
+    """Remove what an interrupted run has put beside these files."""
     keep = {place / name for name in files}
-    for path in place.rglob("*"):
-        if path.is_file() and path not in keep:
+    for path in sorted(place.rglob("*"), reverse=True):
+        if path.is_dir():
+            with suppress(OSError):  # some of them are in it
+                path.rmdir()
+        elif path not in keep:
             path.unlink()
 
 

@@ -16,10 +16,12 @@ import edgeport
 from bench.shapes import Shape, write_model, write_patch
 from edgeport import run
 from edgeport.blocks import ranges
-from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost
+from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, PatchLost
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
 from edgeport.patches.edits import LowRank
 from edgeport.registry import codec
+from tests.conftest import TinyLlama
+from tests.test_adapter import save_patch
 
 SHAPE = Shape(256, 2, 640, 1003, 4, 2)
 
@@ -113,6 +115,45 @@ def test_nothing_is_left_by_a_failure_in_the_middle(
     with pytest.raises(ArithmeticError, match="in the middle"):
         edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_two_runs_into_one_output(
+    to: str, tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second, which starts in the middle of the first, is told so; it would write into the first one's files."""
+    base = tiny_llama()
+    job: dict[str, Any] = {"patch": save_patch(base, tmp_path / "lora"), "new_base": base, "to": to}
+    output, alone = (tmp_path / f"{name}.{to}" for name in ("out", "alone"))
+    edgeport.port(**job, output=alone)
+    answers, edit = [], run.edit
+
+    def amid(*arguments: Any) -> Any:
+        if len(answers) < 2:
+            answers.append("")
+            with pytest.raises(OutputExists) as caught:
+                edgeport.port(**job | {"patch": f"{job['patch']}:-1"}, output=output, resume=len(answers) == 2)
+            answers[-1] = str(caught.value)
+        return edit(*arguments)
+
+    monkeypatch.setattr(run, "edit", amid)
+    late = edgeport.plan(**job, output=output)
+    edgeport.port(**job, output=output)
+    assert answers == [f"another run is writing {output} at this moment; wait for it, or give another -o"] * 2
+    with pytest.raises(OutputExists, match="exists already"):
+        run.run(late)  # planned before there was anything
+    edgeport.verify(output)
+    files = [path / "model.safetensors" if to == "hf" else path for path in (output, alone)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_misspelt_option_is_not_one_that_was_not_given(base: Path, patch: Path, tmp_path: Path) -> None:
+    job: dict[str, Any] = {"new_base": base, "output": tmp_path / "out", "quan": "bf16"}
+    for call in (lambda: edgeport.plan(**job), lambda: edgeport.port(**job, patch=patch)):
+        with pytest.raises(TypeError, match="no option is called 'quan'; did you mean 'quant'?"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_process_above_its_budget_is_stopped(base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
