@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines
-from edgeport.errors import OutputExists, PlanViolation
+from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
 from edgeport.planning import journal_path, manifest_path, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
@@ -145,6 +145,10 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: J
         commit(place, output, folder)
     except BaseException as error:
         kept = journal is not None and journal.outlives(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnoughDisk(
+                f"the disk of {output.absolute().parent} became full on the way; free some of it, or give an -o on another"
+            ) from error
         raise
     finally:
         staging.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,6 +225,27 @@ def test_a_mistake_leaves_nothing_to_resume(tmp_path: Path) -> None:
     before = bad_input.listing(tmp_path)
     assert bad_input.run([*argv, "--resume"]).code == 1
     assert bad_input.listing(tmp_path) == before
+
+
+def test_a_disk_that_becomes_full_leaves_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free some of it, and --resume goes on."""
+    argv = [*bad_input.port(tmp_path), "--resume"]
+    written, pwrite = 0, os.pwrite
+
+    def full(handle: int, data: Any, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 50_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(handle, data, offset)
+
+    with monkeypatch.context() as context:
+        context.setattr("os.pwrite", full)
+        answer = bad_input.run(argv)
+    assert answer.code == 4 and "became full on the way" in answer.error
+    assert (tmp_path / ".out.journal").is_file()
+    again = bad_input.run(argv)
+    assert again.code == 0 and "were written before an interruption" in again.error
 
 
 def test_resuming_what_was_not_begun_is_a_port(tmp_path: Path) -> None:
