@@ -22,7 +22,7 @@ from edgeport.pair import Both, matched
 from edgeport.patches import dense
 from edgeport.patches.lora import FILES
 from edgeport.patches.names import PEFT_PREFIX
-from edgeport.planning import DISK_SLACK_BYTES, check_disk, check_output
+from edgeport.planning import DISK_SLACK_BYTES, check_disk, check_output, through_links
 from edgeport.registry import codec
 from edgeport.seams import Source
 from edgeport.steps import BLOCK_ELEMENTS, FLOAT_BYTES, Limits, block_budget
@@ -186,7 +186,7 @@ def plan_extraction(
     old: Source, tuned: Source, keep: Keep, output: Path, limits: Limits, overwrite: bool = False
 ) -> ExtractionPlan:
     """Match, check and cut. Raises every error that headers show; creates no file."""
-    pairs = matched(old, tuned)
+    pairs, output = matched(old, tuned), through_links(output)
     check_output(output, True, overwrite)
     if tuned.config.get("model_type") in TURNED_MODELS and not keep.full:
         raise UnsupportedPatch(f"the linear layers of {tuned.config['model_type']} are stored turned; give --full")

@@ -172,6 +172,8 @@ def make_plan(
     overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
+    if sink.folder:
+        target = replace(target, output=through_links(target.output))
     check_output(target.output, sink.folder, overwrite)
     work = taken(work, sink)
     placed = [sink.place(reshaped(origin, final_shape(origin, todo))) for _, origin, todo in work]
@@ -336,6 +338,11 @@ def notes_on(work: Sequence[Work]) -> list[str]:
         f"the patch holds whole values for {', '.join(replaced[:3])}{' ...' if len(replaced) > 3 else ''}; they replace "
         "the new base's own. With --old-base their change is added instead"
     ]
+
+
+def through_links(output: Path) -> Path:
+    """Where an output folder goes: a rename onto a link would leave what it leads to, perhaps on another disk, as it is."""
+    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
 
 
 def check_output(output: Path, folder: bool, overwrite: bool) -> None:

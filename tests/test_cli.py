@@ -120,6 +120,26 @@ def test_overwrite_replaces_an_output_of_edgeport(to: str, tmp_path: Path) -> No
     assert content(tmp_path) == first
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_through_a_link(there: bool, tmp_path: Path) -> None:
+    """A link to a larger disk stays one, and the output goes where it leads."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/large")
+    if there:
+        (tmp_path / "disk" / "large").mkdir()
+    assert run([*port(tmp_path), "--overwrite"]).code == 0
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "large" / "edgeport.json").is_file()
+    assert run(["verify", str(tmp_path / "out")]).code == 0
+
+
+def test_an_output_into_the_folder_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = port(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run([*argv[:-3], "-o", ".", "--overwrite", "--no-progress"]).code == 0
+    assert run(["verify", str(tmp_path / "here")]).code == 0
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert run([*port(tmp_path), "--overwrite"]).code == 0
