@@ -49,6 +49,7 @@ from bench.spoiling import (
     moved,
     noise,
     not_finite,
+    of_gguf,
     of_onnx,
     other,
     other_architecture,
@@ -89,6 +90,10 @@ Usage = namedtuple("Usage", "total used free")
 
 def small_disk() -> HERE:
     return mock.patch("shutil.disk_usage", return_value=Usage(1 << 20, 0, 1 << 20))
+
+
+def full_disk() -> HERE:
+    return mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def read_only() -> HERE:
@@ -175,6 +180,8 @@ CASES: dict[str, Case] = {
         "is float of 4 bits by group, nvfp4-pack-quantized"),
     "awq, another layout": Case(with_turned("awq", version="gemv_fast"), "version 'gemv_fast'"),
     "config.json, quantization_config without a method": Case(with_config(quantization_config=[1]), "quantization_config"),
+    "the file of the weights in place of the folder": Case(
+        lambda f: port(f, model(f) / "model.safetensors"), "(gguf, hf, onnx); give the folder"),
     "weights missing": Case(lambda f: port(f, without(model(f), "model.safetensors")), "holds none of model.safetensors"),
     ".bin, a pickle that runs code, zipped": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=True), "holds more than tensors"),
     ".bin, a pickle that runs code, bare": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=False), "is not a zip file"),
@@ -280,7 +287,10 @@ CASES: dict[str, Case] = {
     "output in a folder that is missing": Case(with_flags(to="no/such/out"), "does not exist; make it first"),
     "output in a read-only folder": Case(with_flags(), "Read-only file system", world=read_only),
     "output GGUF without .gguf": Case(with_flags("--to", "gguf"), "should end in .gguf"),
+    "output of --to hf named like a GGUF": Case(with_flags(to="out.gguf"), "and --to hf writes a folder; give --to gguf"),
     "disk too small": Case(with_flags(), "free", 4, small_disk),
+    "disk full on the way": Case(with_flags(), "became full on the way; free some of it", 4, full_disk),
+    "extract, disk full on the way": Case(extract(tuned=tuned), "became full on the way; free some of it", 4, full_disk),
     "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
     "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),
     "--max-ram negative": Case(with_flags("--max-ram", "-1"), "'-1' is not a size", 2),
@@ -305,6 +315,8 @@ CASES: dict[str, Case] = {
     "--tensor-type matches nothing": Case(to_gguf("--quant", "Q8_0", "--tensor-type", "attn_z=Q8_0"), "is found in no name", 2),
     "--tensor-type of an unknown type": Case(
         to_gguf("--quant", "Q8_0", "--tensor-type", "attn=Q9_0"), "no ggml type is called 'Q9_0'", 2),
+    **{f"{option} for a GGUF that keeps its types": Case(of_gguf(option, value), "so give --quant too")
+       for option, value in (("--tensor-type", "attn=F16"), ("--output-tensor-type", "F16"), ("--token-embedding-type", "F16"))},
     "--tensor-type for hf": Case(with_flags("--tensor-type", "attn=Q8_0"), "are for --to gguf"),
     "--resume of a run of other inputs": Case(
         lambda f: stale(f, '{"inputs": {"/elsewhere": [1, 2]}}'), "had other inputs; leave off --resume"),

@@ -171,7 +171,7 @@ def dense(folder: Path, tensors: Tensors, record: str | None = None) -> Path:
 
 def stale(folder: Path, journal: str) -> list[str]:
     """A port to where another was interrupted."""
-    empty(folder / ".out.partial")
+    (empty(folder / ".out.partial") / "model.safetensors").write_bytes(b"begun")
     (folder / ".out.journal").write_text(journal)
     return port(folder, None, None, "--resume")
 
@@ -393,6 +393,17 @@ def wrong_base(folder: Path) -> list[str]:
 def missing_split(folder: Path) -> list[str]:
     split = {"split.no": ("UINT16", 0), "split.count": ("UINT16", 2), "split.tensors.count": ("INT32", 4)}
     return export(gguf(folder / "base-00001-of-00002.gguf", more=split), folder / "out", "--to", "hf")
+
+
+def of_gguf(*flags: str) -> Make:
+    """An export of a GGUF of edgeport's to another."""
+
+    def make(folder: Path) -> list[str]:
+        done = run(export(with_tokenizer(folder), folder / "given.gguf"))
+        assert done.code == 0, done.error
+        return export(folder / "given.gguf", folder / "out.gguf", *flags)
+
+    return make
 
 
 def too_many_tokens(folder: Path) -> list[str]:

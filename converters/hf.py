@@ -278,6 +278,8 @@ class HuggingFace:
         if given:
             raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
         target.refuse_onnx_options(self.name)
+        if target.output.suffix == ".gguf":
+            raise ConvertError(f"{target.output.name} is named like a file, and --to hf writes a folder; give --to gguf")
         quant = (target.quant or "").lower().replace("_", "-")  # `edgeport formats` has NF4_DQ and GPTQ_4
         if quant and quant not in {*PRECISIONS, *QUANTS}:
             raise UnknownName(miss([*PRECISIONS, *QUANTS], quant, "--quant of an HF folder"))

@@ -51,6 +51,8 @@ def open_model(text: str | Path, offline: bool = False) -> Source:
             return candidate.open(path)
     known = ", ".join(name for name, candidate in converters().items() if candidate.reads)
     hint = " (it is a patch; give it as --patch)" if any(kind.detect(path) for kind in patch_kinds().values()) else ""
+    if path.is_file() and (path.parent / "config.json").is_file():
+        hint = f"; give the folder {path.parent}"
     raise NotACheckpoint(f"{path} is not a model that edgeport reads ({known}){hint}")
 
 

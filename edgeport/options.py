@@ -10,7 +10,7 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The output: a folder for hf and onnx, a file for gguf.")]
-To = Annotated[str, typer.Option("--to", help="Container: hf, gguf ...")]
+To = Annotated[str, typer.Option("--to", help="Container: hf, gguf or onnx.")]
 QUANT_HELP = (
     "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ...; for onnx int8, int4 "
     "(default: as the base)."
@@ -25,7 +25,7 @@ BlockSize = Annotated[int | None, typer.Option(help="Columns that share a scale:
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each block (onnx).")]
 Portable = Annotated[bool, typer.Option("--portable", help="Plain ONNX operators, for other runtimes than onnxruntime (onnx).")]
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda: what the graph is made for (onnx; default cpu).")]
-Rounding = Annotated[str, typer.Option(help="auto, nearest or stochastic, for patched weights of a quantized format.")]
+Rounding = Annotated[str, typer.Option(help="auto, nearest, stochastic or patch-aware, of a patch on quantized weights.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
 KeepFormat = Annotated[bool, typer.Option("--keep-format", help="Insist on the base's number formats (the default is to try).")]
@@ -40,7 +40,7 @@ RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this
 Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
 Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
-Calibration = Annotated[Path | None, typer.Option(help="A text in UTF-8 for the probe (default: edgeport's own).")]
+Calibration = Annotated[Path | None, typer.Option(help="A text for patch-aware rounding and the probe (default: edgeport's own).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 RESUME_HELP = "Go on where an interrupted run has stopped, and be resumable oneself: Ctrl-C then leaves what is done."

@@ -284,6 +284,11 @@ class Gguf:
         facts = {name: source.weights.get(name, source.weights.get(EMBEDDING)) for name in names}
         kept = isinstance(source, GGUFSource) and target.quant is None
         if kept:
+            if target.tensor_types or target.output_tensor_type or target.token_embedding_type:
+                raise ConvertError(
+                    "--tensor-type, --output-tensor-type and --token-embedding-type change what --quant gives; without it each "
+                    "tensor of a GGUF keeps its own type, so give --quant too"
+                )
             types = {stored: facts[name].format for name, (stored, _) in names.items()}  # type: ignore[union-attr]
             file_type = source.headers[0].value("general.file_type")  # type: ignore[attr-defined]
         else:
