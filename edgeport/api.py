@@ -11,9 +11,9 @@ from edgeport import device as devices
 from edgeport.checkpoint import read_json
 from edgeport.errors import TargetMissing, UnknownName, WrongBase
 from edgeport.locate import locate, open_model, open_patch
-from edgeport.manifest import Receipt, fingerprint, verify_hashes
+from edgeport.manifest import Receipt, fingerprint, manifest_of, verify_hashes
 from edgeport.memory import parse_bytes
-from edgeport.planning import Method, Plan, make_plan, manifest_path
+from edgeport.planning import Method, Plan, make_plan
 from edgeport.registry import converter, miss
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
@@ -237,13 +237,14 @@ def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
 def compare(output: Location, against: Location, *, tokens: int = 256, offline: bool = False) -> Comparison:
     """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time.
 
-    An adapter that an output of edgeport has beside it belongs to it.
+    On `tokens` of text, or as many as both models have positions for. An adapter that an output of edgeport has beside it belongs to it.
     """
     from edgeport import probe
     from edgeport.effect import open_whole
 
     reference, candidate = (open_whole(locate(one, offline)) for one in (against, output))
-    return probe.compare(reference, candidate, probe.probe_tokens(reference, tokens))
+    reach = [source.config.get("max_position_embeddings") or tokens for source in (reference, candidate)]
+    return probe.compare(reference, candidate, probe.probe_tokens(reference, min(tokens, *reach)))
 
 
 def liken(output: Location, against: Location, *, offline: bool = False) -> Likeness:
@@ -264,7 +265,7 @@ def encodes(model: Location, *, offline: bool = False) -> bool:
 
 def check_whole(source: Source, patches: Sequence[Patch]) -> None:
     """An adapter that is part of the base is among the patches. Raises TargetMissing."""
-    path = manifest_path(source.path, source.path.is_dir())
+    path = manifest_of(source.path)
     beside = read_json(path).get("adapter") if path.is_file() else None
     if not isinstance(beside, dict):
         return

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import Watch, serve
 from edgeport.locate import open_model, open_patch_at
-from edgeport.manifest import read_manifest
+from edgeport.manifest import manifest_of, read_manifest
 from edgeport.memory import peak_bytes
-from edgeport.planning import adapted_config, collect_edits, final_shape, manifest_path, with_ties
+from edgeport.planning import adapted_config, collect_edits, final_shape, with_ties
 from edgeport.probing import Job, read_text
 from edgeport.seams import Patch, Source
 from edgeport.virtual import Patched
@@ -90,7 +90,7 @@ def probe(job: Job, watch: Watch) -> Effect:
 def open_whole(path: Path) -> Source:
     """A model, with the adapter that its manifest says is part of it."""
     source = open_model(path)
-    if not manifest_path(path, path.is_dir()).is_file():
+    if not manifest_of(path).is_file():
         return source
     beside = read_manifest(path).get("adapter")
     if not beside:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeport.locate import locate, open_model, open_patch
-from edgeport.manifest import fingerprint, read_manifest
-from edgeport.planning import manifest_path
+from edgeport.manifest import fingerprint, manifest_of, read_manifest
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
 from edgeport.tensor import HEAD
@@ -42,7 +41,7 @@ def describe_model(source: Source) -> dict[str, Any]:
         "fingerprint": fingerprint(source),
         "tensors": {weight.name: {"shape": list(weight.shape), "format": weight.format} for weight in weights},
     }
-    if manifest_path(source.path, source.path.is_dir()).is_file():
+    if manifest_of(source.path).is_file():
         manifest = read_manifest(source.path)
         facts["made_by"] = {key: manifest[key] for key in ("command", "method", "inputs") if key in manifest}
         facts |= {key: manifest[key] for key in ("adapter", "probe") if manifest.get(key)}

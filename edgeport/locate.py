@@ -8,6 +8,8 @@ from math import isfinite
 from pathlib import Path
 
 from edgeport.errors import NotACheckpoint, UnknownName, UnsupportedPatch
+from edgeport.manifest import read_manifest
+from edgeport.planning import manifest_path
 from edgeport.registry import converters, patch_kinds
 from edgeport.seams import Patch, Source
 
@@ -25,6 +27,9 @@ def locate(text: str | Path, offline: bool) -> Path:
     path = Path(text)
     if path.exists():
         return path
+    if manifest_path(path, False).is_file():
+        # an output that is a set of files goes by the name it was given
+        return path.parent / Path(next(iter(read_manifest(path)["files"]), path.name)).name
     name = str(text)
     if not HUB_NAME.match(name):
         raise NotACheckpoint(f"{name} does not exist; give a folder, a file, or a hub name such as org/name")

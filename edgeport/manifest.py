@@ -171,9 +171,19 @@ def write_record(
     (staging / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def manifest_of(output: Path) -> Path:
+    """Where the manifest of an output is: of a folder, of a file, or of the set that a file is one of."""
+    own = manifest_path(output, output.is_dir())
+    if own.is_file() or not output.is_file():
+        return own
+    # the files of a set begin as the output that they are: out.gguf is out-00001-of-00003.gguf ...
+    sets = [path for path in sorted(output.parent.glob(f"*.{MANIFEST}")) if output.name.startswith(path.name.partition(".")[0])]
+    return next((path for path in sets if output.name in read_json(path).get("files", ())), own)
+
+
 def read_manifest(output: Path) -> dict[str, Any]:
     """The manifest of an output folder or file. Raises NotACheckpoint where there is none."""
-    path = manifest_path(output, output.is_dir())
+    path = manifest_of(output)
     if not path.is_file():
         raise NotACheckpoint(f"{output} has no manifest ({path.name}): it is not an output of edgeport, or not a finished one")
     content = read_json(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
 from edgeport.calibration import rule_for, scratch_bytes
+from edgeport.checkpoint import read_json
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -364,9 +365,18 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
 
 def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
     """No other file stands where one of a split set goes. Raises OutputExists."""
-    standing = [file.name for file in files if not folder and output.with_name(file.name).exists()]
+    standing = [output.with_name(file.name) for file in files if not folder and output.with_name(file.name).exists()]
     if standing and not overwrite:
-        raise OutputExists(f"{output.with_name(standing[0])} exists already; give another -o or --overwrite")
+        raise OutputExists(f"{standing[0]} exists already; give another -o or --overwrite")
+    others = [path for path in standing if path.name not in owned(output)]
+    if others:
+        raise OutputExists(f"{others[0]} is a file that edgeport did not write; it is not overwritten")
+
+
+def owned(output: Path) -> set[str]:
+    """The files beside each other that are an output which is no folder, as its manifest says."""
+    path = manifest_path(output, False)
+    return {Path(name).name for name in read_json(path).get("files", ())} if path.is_file() else set()
 
 
 def check_writable(steps: Sequence[Step]) -> None:

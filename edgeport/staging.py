@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
-from edgeport.planning import journal_path, manifest_path, staging_path
+from edgeport.planning import journal_path, manifest_path, owned, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
 
@@ -176,8 +176,11 @@ def commit(place: Path, output: Path, folder: bool) -> None:
     if not folder:
         # the manifest goes last: an output without one is not done
         manifest = manifest_path(output, False).name
-        for path in sorted(place.iterdir(), key=lambda path: path.name == manifest):
+        files, before = sorted(place.iterdir(), key=lambda path: path.name == manifest), owned(output)
+        for path in files:
             os.replace(path, output.with_name(path.name))
+        for name in before - {path.name for path in files}:
+            output.with_name(name).unlink(missing_ok=True)
     else:
         replaced = output.with_name(f".{output.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)

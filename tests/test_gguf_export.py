@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import edgeport
 from edgeport.blocks import decode_rows
 from edgeport.demo import packaged_model
-from edgeport.errors import ConvertError, UnmappedTensor
+from edgeport.errors import ConvertError, OutputExists, TargetMissing, UnmappedTensor
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama, save_tokenizer
+from tests.test_adapter import save_patch
 from tests.test_gguf_imatrix import modern
 
 LENGTH = 60
@@ -142,6 +143,28 @@ def test_split_files_load_and_are_read_back(make: Callable[..., Path], tmp_path:
     whole, direct = (gguf.GGUFReader(tmp_path / name) for name in ("whole.gguf", "direct.gguf"))
     for one, other in zip(whole.tensors, direct.tensors, strict=True):
         assert one.name == other.name and np.array_equal(one.data, other.data)
+
+
+def test_a_set_goes_by_the_name_it_was_given(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch")
+    job: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out.gguf", "to": "gguf", "quant": "f32"}
+    edgeport.port(**job, max_shard_size="90KB", sidecar=True)
+    files = {path.name for path in tmp_path.glob("out*")}
+    assert len(files) > 4 and {"out.lora.gguf", "out.gguf.edgeport.json"} <= files and "out.gguf" not in files
+    first = tmp_path / min(files)
+    assert edgeport.verify(first) == edgeport.verify(tmp_path / "out.gguf")
+    assert edgeport.inspect(first)["made_by"] == edgeport.inspect(tmp_path / "out.gguf")["made_by"]
+    with pytest.raises(TargetMissing, match=r"has an adapter beside it that is part of it; .* --patch .*out\.lora\.gguf"):
+        edgeport.plan(new_base=first, output=tmp_path / "next")
+    merged = edgeport.port(patch=patch, new_base=base, output=tmp_path / "merged").output
+    assert edgeport.compare(tmp_path / "out.gguf", merged, tokens=32).mean_kl < 1e-6
+    # what replaces it leaves no file of it, and no file of others is replaced
+    edgeport.port(**job, overwrite=True)
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.gguf", "out.gguf.edgeport.json"}
+    first.write_bytes(b"mine")
+    with pytest.raises(OutputExists, match="is a file that edgeport did not write; it is not overwritten"):
+        edgeport.plan(**job, max_shard_size="90KB", sidecar=True, overwrite=True)
 
 
 def test_an_untouched_gguf_is_byte_equal(tmp_path: Path) -> None:
