@@ -26,7 +26,8 @@ def locate(text: str | Path, offline: bool) -> Path:
     """The local path of a model or patch; a hub name is downloaded, or found in the cache when offline."""
     path = Path(text)
     if path.exists():
-        return path
+        # messages and manifests call a model by its folder's name, which "." does not say
+        return path if path.name not in ("", "..") else path.resolve()
     if manifest_path(path, False).is_file():
         # an output that is a set of files goes by the name it was given
         return path.parent / Path(next(iter(read_manifest(path)["files"]), path.name)).name

@@ -140,6 +140,13 @@ def test_an_output_into_the_folder_at_hand(tmp_path: Path, monkeypatch: pytest.M
     assert run(["verify", str(tmp_path / "here")]).code == 0
 
 
+def test_a_model_in_the_folder_at_hand_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = port(tmp_path)
+    monkeypatch.chdir(tmp_path / "base")
+    assert run([*argv[:3], "--new-base", ".", *argv[5:]]).code == 0
+    assert json.loads((tmp_path / "out" / "edgeport.json").read_text())["inputs"]["new_base"]["name"] == "base"
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert run([*port(tmp_path), "--overwrite"]).code == 0
