@@ -237,7 +237,8 @@ def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
 def compare(output: Location, against: Location, *, tokens: int = 256, offline: bool = False) -> Comparison:
     """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time.
 
-    On `tokens` of text, or as many as both models have positions for. An adapter that an output of edgeport has beside it belongs to it.
+    On `tokens` of text, or as many as both models have positions for. An adapter that an output of edgeport has beside it
+    belongs to it.
     """
     from edgeport import probe
     from edgeport.effect import open_whole

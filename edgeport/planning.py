@@ -24,6 +24,7 @@ from edgeport.errors import (
     about,
 )
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
+from edgeport.pace import seconds
 from edgeport.probing import Probing, check_text, decide
 from edgeport.registry import codec, lookup, miss, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
@@ -106,6 +107,11 @@ class Plan:
         return IMPORT_BYTES + ALLOWANCE_BYTES + self.peak_above_import_bytes
 
     @property
+    def seconds(self) -> float:
+        """A guess (`edgeport.pace`)."""
+        return seconds(self.steps)
+
+    @property
     def patched(self) -> set[str]:
         """The weights that a patch changes, in the model or in the adapter beside it."""
         beside = {one.target for one in self.adapter.factors} if self.adapter else set()
@@ -121,6 +127,7 @@ class Plan:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "disk_bytes": self.disk_bytes,
+            "seconds": round(self.seconds, 1),
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_above_import_bytes": self.peak_above_import_bytes + ALLOWANCE_BYTES,
             "peak_vram_bytes": self.peak_vram_bytes,

@@ -25,8 +25,17 @@ def plan_text(plan: Plan) -> str:
         ["peak RAM", f"{in_words(plan.peak_ram_bytes)} ({in_words(plan.peak_above_import_bytes)} of it for blocks and headers)"],
         ["peak VRAM", in_words(plan.peak_vram_bytes)],
         ["disk", in_words(plan.disk_bytes)],
+        ["time", f"about {duration(plan.seconds)} on one core, by usual rates"],
     ]
     return table(["plan", ""], rows) + "".join(f"\nnote: {note}" for note in plan.notes)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it: "2 min"."""
+    for count, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * count:
+            return f"{seconds / count:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def receipt_text(receipt: Receipt) -> str:

@@ -20,6 +20,7 @@ from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, Patch
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
 from edgeport.patches.edits import LowRank
 from edgeport.registry import codec
+from edgeport.texts import duration
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -146,6 +147,14 @@ def test_two_runs_into_one_output(
     files = [path / "model.safetensors" if to == "hf" else path for path in (output, alone)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_plan_tells_seconds_from_hours(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama(hidden=256, dtype="bfloat16")
+    quants = ("bf16", "Q8_0", "Q4_K_M", "IQ4_XS")
+    plans = [edgeport.plan(new_base=base, output=tmp_path / "out.gguf", to="gguf", quant=quant) for quant in quants]
+    assert 0 < plans[0].seconds < plans[1].seconds < plans[2].seconds < plans[3].seconds < 60
+    assert [duration(count) for count in (0.2, 59, 300, 3 * 3600)] == ["1 s", "59 s", "5 min", "3 h"]
 
 
 def test_a_misspelt_option_is_not_one_that_was_not_given(base: Path, patch: Path, tmp_path: Path) -> None:
