@@ -37,7 +37,7 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ASSETS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template*", "*.tiktoken", "preprocessor_config.json", "processor_config.json",
+    "merges.txt", "chat_template*", "*.tiktoken", "*.model", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

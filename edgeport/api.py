@@ -170,6 +170,8 @@ def port(
     **options: Unpack[PortOptions],
 ) -> Receipt:
     """Add patches to an evolved base and write the result. `resume`: go on where an interrupted port has stopped."""
+    if not patch:
+        raise UnknownName("a port needs a patch, and none is given; export writes a model without one")
     decided = plan(new_base=new_base, output=output, patch=patch, old_base=old_base, force=force, **options)
     return run(decided, progress=progress, force=force, resume=resume)
 

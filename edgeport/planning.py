@@ -175,6 +175,7 @@ def make_plan(
     edits = collect_edits(source, patches, old)
     patched = with_ties(source, edits)
     check_semantics(patched, method)
+    check_order(edits, patches)
     work = with_ties(source, {}) if method.sidecar else patched
     config = adapted_config(source, work)
     overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
@@ -313,6 +314,17 @@ def check_semantics(work: Sequence[Work], method: Method) -> None:
             f"the patch holds whole values for {', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}, whose change shows only "
             "beside the base that it was made on; give it as --old-base, or leave off --semantics delta"
         )
+
+
+def check_order(edits: Mapping[str, list[list[Edit]]], patches: Sequence[Patch]) -> None:
+    """Raises UnsupportedPatch where a patch's whole values would take the place of what another has done before."""
+    for name, parts in edits.items():
+        for index, part in enumerate(parts):
+            if any(parts[:index]) and any(edit.semantics == OPERATOR for edit in part):
+                raise UnsupportedPatch(
+                    f"{patches[index].path.name} holds whole values for {name}, which would undo what an earlier patch does; "
+                    "give --old-base, beside which they are changes, or that patch first"
+                )
 
 
 def grows(work: Sequence[Work]) -> bool:

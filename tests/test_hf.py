@@ -63,10 +63,12 @@ def test_assets_are_copied_verbatim(tiny_llama: TinyLlama, tmp_path: Path) -> No
     base = tiny_llama()
     (base / "generation_config.json").write_text('{"temperature":   0.7}')
     (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "spiece.model").write_bytes(b"sentencepiece")
     (base / "notes.txt").write_text("stays at home")
     edgeport.export(model=base, output=tmp_path / "out", to="hf")
     before, after = asset_files(base), asset_files(tmp_path / "out")
-    assert before.keys() == after.keys() >= {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    expected = {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "spiece.model"}
+    assert before.keys() == after.keys() >= expected
     assert all(before[name].read_bytes() == after[name].read_bytes() for name in before)
     assert not (tmp_path / "out" / "notes.txt").exists()
 

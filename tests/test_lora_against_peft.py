@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgeport
+from edgeport.errors import UnsupportedPatch
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -168,6 +169,22 @@ def test_old_base_turns_replaced_values_into_differences(tmp_path: Path) -> None
     tuned, before, out = merged(old, patch), load(old).state_dict(), load(tmp_path / "out").state_dict()
     for key, value in evolved.state_dict().items():
         torch.testing.assert_close(out[key], value + (tuned[key] - before[key]), rtol=1e-5, atol=1e-5)
+
+
+def test_whole_values_that_would_undo_an_earlier_patch(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    delta = save_patch(base, tmp_path / "delta", target_modules=ATTENTION)
+    whole = save_patch(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["o_proj"])
+    for patches in ([delta, whole], [whole, f"{whole}:0.5"]):
+        with pytest.raises(UnsupportedPatch, match=r"whole holds whole values for .*o_proj.weight, which would undo"):
+            edgeport.plan(patch=patches, new_base=base, output=tmp_path / "out")
+    edgeport.port(patch=[whole, delta], new_base=base, output=tmp_path / "first")
+    edgeport.port(patch=[delta, whole], new_base=base, old_base=base, output=tmp_path / "out")
+    expected = merged(base, whole, delta)
+    for folder in ("first", "out"):
+        found = load(tmp_path / folder).state_dict()
+        for key, value in found.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
 def test_untouched_weights_are_byte_equal(tmp_path: Path, read_tensors: Callable[[Path], dict[str, bytes]]) -> None:

@@ -16,7 +16,7 @@ import edgeport
 from bench.shapes import Shape, write_model, write_patch
 from edgeport import run
 from edgeport.blocks import ranges
-from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, PatchLost
+from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, PatchLost, UnknownName
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
 from edgeport.patches.edits import LowRank
 from edgeport.registry import codec
@@ -147,6 +147,13 @@ def test_two_runs_into_one_output(
     files = [path / "model.safetensors" if to == "hf" else path for path in (output, alone)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_port_without_a_patch_is_none(base: Path, tmp_path: Path) -> None:
+    """As where a pattern for file names has matched nothing."""
+    with pytest.raises(UnknownName, match="a port needs a patch"):
+        edgeport.port(patch=[], new_base=base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_tells_seconds_from_hours(tiny_llama: TinyLlama, tmp_path: Path) -> None:
