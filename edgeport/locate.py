@@ -14,6 +14,8 @@ from edgeport.registry import converters, patch_kinds
 from edgeport.seams import Patch, Source
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+# the original weights beside transformers' own are a second copy, and what stands in subfolders is of other programs
+NOT_READ = ["*/*", "consolidated*"]
 MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -40,9 +42,10 @@ def locate(text: str | Path, offline: bool) -> Path:
     repository, _, revision = name.partition("@")
     local = offline or offline_set()
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, local_files_only=local, allow_patterns=MODEL_FILES)
+        found = snapshot_download(
+            repository, revision=revision or None, local_files_only=local, allow_patterns=MODEL_FILES, ignore_patterns=NOT_READ
         )
+        return Path(found)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "in the local cache, and the network is not used (offline)" if local else f"on the hub: {reason}"

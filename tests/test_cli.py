@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
 from bench.spoiling import HIDDEN, NORM, export, factors, model, patch, port, run, tokenizer, weights
+from edgeport.locate import MODEL_FILES, NOT_READ
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "sentencepiece", "gguf", "llama_cpp", "onnxruntime", "huggingface_hub"}
@@ -25,7 +26,7 @@ PORT_KEYS = {
     "output", "files", "bytes_in", "bytes_out", "weights", "patched", "copied", "seconds", "peak_ram_bytes",
     "peak_above_import_bytes", "peak_vram_bytes", "survival", "coverage", "gate",
 }  # fmt: skip
-PLAN_KEYS = {"peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "steps"}
+PLAN_KEYS = {"peak_ram_bytes", "peak_vram_bytes", "disk_bytes", "steps", "seconds"}
 SHARED = ("output", "files", "bytes_in", "bytes_out", "weights", "patched", "copied", "coverage")
 
 
@@ -304,6 +305,15 @@ def test_hub_names_are_found_in_the_local_cache(tmp_path: Path) -> None:
     argv = port(tmp_path, "org/tiny-base", "org/tiny-patch@v1.0:1.0", "--offline")
     ran(child(argv, before=NO_NETWORK, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="0"))
     assert content(tmp_path / "out") == content(tmp_path / "local")
+
+
+def test_nothing_is_downloaded_that_is_not_read() -> None:
+    """By huggingface_hub's own rule, of what repositories have beside a model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model"]
+    beside = ["consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.onnx", "onnx/config.json", "README.md"]
+    assert list(filter_repo_objects([*wanted, *beside], allow_patterns=MODEL_FILES, ignore_patterns=NOT_READ)) == wanted
 
 
 SMALL = Shape(hidden=512, layers=1, feed_forward=1024, vocabulary=1024, heads=8, kv_heads=4)
