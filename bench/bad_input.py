@@ -298,6 +298,7 @@ CASES: dict[str, Case] = {
     "--to unknown": Case(with_flags("--to", "ggfu"), "did you mean 'gguf'?", 2),
     "--quant unknown, hf": Case(with_flags("--quant", "f17"), "did you mean 'f16'?", 2),
     "--keep-format beside --quant": Case(with_flags("--keep-format", "--quant", "bf16"), "contradict each other", 2),
+    "--rounding unknown": Case(with_flags("--rounding", "patchaware"), "(known: auto, nearest, patch-aware, stochastic)", 2),
     "--semantics unknown": Case(with_flags("--semantics", "delt"), "did you mean 'delta'?", 2),
     "--residual of rank 0": Case(with_flags("--residual", "0", "--quant", "nf4"), "--residual 0 is no rank", 2),
     "--residual of nothing": Case(with_flags("--residual", "8"), "so rounding leaves no residual"),
@@ -383,6 +384,7 @@ CASES: dict[str, Case] = {
     "verify, the manifest is cut short": Case(
         tampered(lambda o: os.truncate(o / "edgeport.json", 99)), "edgeport.json is not valid JSON"),
     "verify, no manifest": Case(tampered(lambda o: (o / "edgeport.json").unlink()), "has no manifest"),
+    "verify, nothing there": Case(lambda f: ["verify", str(f / "out")], "out does not exist; give what the output was called"),
     "verify, another manifest": Case(
         tampered(lambda o: (o / "edgeport.json").write_text('{"edgeport": 1, "files": {"a": 3}}')), "not a manifest of edgeport"),
     "verify, a manifest that names a file elsewhere": Case(

@@ -184,6 +184,8 @@ def manifest_of(output: Path) -> Path:
 def read_manifest(output: Path) -> dict[str, Any]:
     """The manifest of an output folder or file. Raises NotACheckpoint where there is none."""
     path = manifest_of(output)
+    if not path.is_file() and not output.exists():
+        raise NotACheckpoint(f"{output} does not exist; give what the output was called when it was written")
     if not path.is_file():
         raise NotACheckpoint(f"{output} has no manifest ({path.name}): it is not an output of edgeport, or not a finished one")
     content = read_json(path)

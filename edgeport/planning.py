@@ -26,8 +26,8 @@ from edgeport.errors import (
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.pace import seconds
 from edgeport.probing import Probing, check_text, decide
-from edgeport.registry import codec, lookup, miss, roundings
-from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
+from edgeport.registry import codec, miss, roundings
+from edgeport.rounding import AUTO, UNCALIBRATED
 from edgeport.seams import Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
@@ -167,8 +167,8 @@ def make_plan(
     method: Method = DEFAULT,
 ) -> Plan:
     """Match, check and cut. Raises every error that the user's input can cause; creates no file."""
-    if method.rounding not in (AUTO, NEAREST):
-        lookup(roundings(), method.rounding, "rounding")
+    if method.rounding not in (known := [AUTO, *roundings()]):
+        raise UnknownName(miss(known, method.rounding, "rounding"))
     if method.calibration is not None:
         check_text(method.calibration)
     made_on, old = old, None if method.semantics == OPERATOR else old
