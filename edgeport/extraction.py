@@ -22,7 +22,7 @@ from edgeport.pair import Both, matched
 from edgeport.patches import dense
 from edgeport.patches.lora import FILES
 from edgeport.patches.names import PEFT_PREFIX
-from edgeport.planning import DISK_SLACK_BYTES, check_disk, check_output, through_links
+from edgeport.places import DISK_SLACK_BYTES, check_disk, check_output, through_links
 from edgeport.registry import codec
 from edgeport.seams import Source
 from edgeport.steps import BLOCK_ELEMENTS, FLOAT_BYTES, Limits, block_budget

@@ -38,7 +38,7 @@ from edgeport.patches import dense
 from edgeport.patches.lora import CONFIG, TOKENIZER_FILES
 from edgeport.patches.lora_config import lora_config, spelled
 from edgeport.patches.names import PEFT_PREFIX
-from edgeport.planning import MANIFEST, check_output
+from edgeport.places import MANIFEST, check_output
 from edgeport.registry import codec
 from edgeport.run import Progress, check_budget, silent
 from edgeport.seams import FileLayout

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.checkpoint import read_range
 from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable
 from edgeport.manifest import WeightFact, fingerprint, versions
-from edgeport.planning import journal_path, staging_path
+from edgeport.places import journal_path, staging_path
 from edgeport.steps import Step
 from edgeport.tensor import TensorSpec
 

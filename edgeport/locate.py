@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgeport.errors import NotACheckpoint, UnknownName, UnsupportedPatch
 from edgeport.manifest import read_manifest
-from edgeport.planning import manifest_path
+from edgeport.places import manifest_path
 from edgeport.registry import converters, patch_kinds
 from edgeport.seams import Patch, Source
 

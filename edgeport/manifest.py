@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
-from edgeport.planning import MANIFEST, manifest_path
+from edgeport.places import MANIFEST, manifest_path
 from edgeport.seams import Source
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
 from edgeport.calibration import rule_for, scratch_bytes
-from edgeport.checkpoint import read_json
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
-    NotEnoughDisk,
-    OutputExists,
     ShapeMismatch,
     UnknownName,
     UnmappedTensor,
     UnsupportedPatch,
     about,
 )
-from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
+from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES
 from edgeport.pace import seconds
+from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_output, through_links
 from edgeport.probing import Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
@@ -34,10 +30,6 @@ from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 if TYPE_CHECKING:
     from edgeport.promotion import Promotion
-
-MANIFEST = "edgeport.json"
-
-DISK_SLACK_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,44 +352,6 @@ def notes_on(work: Sequence[Work]) -> list[str]:
     ]
 
 
-def through_links(output: Path) -> Path:
-    """Where an output folder goes: a rename onto a link would leave what it leads to, perhaps on another disk, as it is."""
-    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
-
-
-def check_output(output: Path, folder: bool, overwrite: bool) -> None:
-    """Nothing stands where the output goes, or something of ours that may be replaced. Raises OutputExists."""
-    if not output.parent.is_dir():
-        raise OutputExists(f"the folder {output.parent} for the output does not exist; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise OutputExists(f"the folder {output.parent} for the output is not writable")
-    existing = next((path for path in (output, manifest_path(output, folder)) if path.exists()), None)
-    if existing is None:
-        return
-    if not overwrite:
-        raise OutputExists(f"{existing} exists already; give another -o or --overwrite")
-    ours = manifest_path(output, folder).is_file() or (folder and output.is_dir() and not any(output.iterdir()))
-    if not ours or (output.exists() and output.is_dir() != folder):
-        what = "folder" if output.is_dir() else "file"
-        raise OutputExists(f"{output} is a {what} that edgeport did not write; it is not overwritten")
-
-
-def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
-    """No other file stands where one of a split set goes. Raises OutputExists."""
-    standing = [output.with_name(file.name) for file in files if not folder and output.with_name(file.name).exists()]
-    if standing and not overwrite:
-        raise OutputExists(f"{standing[0]} exists already; give another -o or --overwrite")
-    others = [path for path in standing if path.name not in owned(output)]
-    if others:
-        raise OutputExists(f"{others[0]} is a file that edgeport did not write; it is not overwritten")
-
-
-def owned(output: Path) -> set[str]:
-    """The files beside each other that are an output which is no folder, as its manifest says."""
-    path = manifest_path(output, False)
-    return {Path(name).name for name in read_json(path).get("files", ())} if path.is_file() else set()
-
-
 def check_writable(steps: Sequence[Step]) -> None:
     """Raises DecodeOnly where a weight would have to be written in a format that is only read or copied."""
     for step in steps:
@@ -416,26 +370,3 @@ def check_kept(steps: Sequence[Step]) -> None:
             f"--keep-format: {first.target.name} is {first.origin.format} in the base and would be {first.target.format}; "
             "write the base's own container, or leave off --keep-format"
         )
-
-
-def manifest_path(output: Path, folder: bool) -> Path:
-    """Where an output's manifest lies: inside a folder, beside a file."""
-    return output / MANIFEST if folder else output.with_name(f"{output.name}.{MANIFEST}")
-
-
-def staging_path(output: Path) -> Path:
-    """The folder in which an output is made. Its name is fixed, so that a killed run's leftover is found by the next."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def journal_path(output: Path) -> Path:
-    """What a run into that folder has done so far."""
-    return output.with_name(f".{output.name}.journal")
-
-
-def check_disk(output: Path, needed: int) -> None:
-    """Raises NotEnoughDisk. What an interrupted run has taken is used again, or cleared away."""
-    leftover = sum(path.lstat().st_blocks * 512 for path in staging_path(output).rglob("*"))
-    free = shutil.disk_usage(output.parent).free + leftover
-    if free < needed:
-        raise NotEnoughDisk(f"the output takes {in_words(needed)}, and {output.parent} has {in_words(free)} free")

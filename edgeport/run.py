@@ -22,7 +22,8 @@ from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
-from edgeport.planning import Plan, check_output
+from edgeport.places import check_output
+from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
 from edgeport.rounding import UNCALIBRATED, Inputs, on_grid

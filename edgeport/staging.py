@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
-from edgeport.planning import journal_path, manifest_path, owned, staging_path
+from edgeport.places import journal_path, manifest_path, owned, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
 

@@ -1,0 +1,77 @@
+"""Where an output goes, what is made beside it on the way, and what may stand there already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeport.checkpoint import read_json
+from edgeport.errors import NotEnoughDisk, OutputExists
+from edgeport.memory import MIB, in_words
+from edgeport.seams import FileLayout
+
+MANIFEST = "edgeport.json"
+DISK_SLACK_BYTES = 16 * MIB
+
+
+def manifest_path(output: Path, folder: bool) -> Path:
+    """Where an output's manifest lies: inside a folder, beside a file."""
+    return output / MANIFEST if folder else output.with_name(f"{output.name}.{MANIFEST}")
+
+
+def staging_path(output: Path) -> Path:
+    """The folder in which an output is made. Its name is fixed, so that a killed run's leftover is found by the next."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def journal_path(output: Path) -> Path:
+    """What a run into that folder has done so far."""
+    return output.with_name(f".{output.name}.journal")
+
+
+def through_links(output: Path) -> Path:
+    """Where an output folder goes: a rename onto a link would leave what it leads to, perhaps on another disk, as it is."""
+    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+
+
+def check_output(output: Path, folder: bool, overwrite: bool) -> None:
+    """Nothing stands where the output goes, or something of ours that may be replaced. Raises OutputExists."""
+    if not output.parent.is_dir():
+        raise OutputExists(f"the folder {output.parent} for the output does not exist; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise OutputExists(f"the folder {output.parent} for the output is not writable")
+    existing = next((path for path in (output, manifest_path(output, folder)) if path.exists()), None)
+    if existing is None:
+        return
+    if not overwrite:
+        raise OutputExists(f"{existing} exists already; give another -o or --overwrite")
+    ours = manifest_path(output, folder).is_file() or (folder and output.is_dir() and not any(output.iterdir()))
+    if not ours or (output.exists() and output.is_dir() != folder):
+        what = "folder" if output.is_dir() else "file"
+        raise OutputExists(f"{output} is a {what} that edgeport did not write; it is not overwritten")
+
+
+def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
+    """No other file stands where one of a split set goes. Raises OutputExists."""
+    standing = [output.with_name(file.name) for file in files if not folder and output.with_name(file.name).exists()]
+    if standing and not overwrite:
+        raise OutputExists(f"{standing[0]} exists already; give another -o or --overwrite")
+    others = [path for path in standing if path.name not in owned(output)]
+    if others:
+        raise OutputExists(f"{others[0]} is a file that edgeport did not write; it is not overwritten")
+
+
+def owned(output: Path) -> set[str]:
+    """The files beside each other that are an output which is no folder, as its manifest says."""
+    path = manifest_path(output, False)
+    return {Path(name).name for name in read_json(path).get("files", ())} if path.is_file() else set()
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """Raises NotEnoughDisk. What an interrupted run has taken is used again, or cleared away."""
+    leftover = sum(path.lstat().st_blocks * 512 for path in staging_path(output).rglob("*"))
+    free = shutil.disk_usage(output.parent).free + leftover
+    if free < needed:
+        raise NotEnoughDisk(f"the output takes {in_words(needed)}, and {output.parent} has {in_words(free)} free")
