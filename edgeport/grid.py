@@ -39,10 +39,11 @@ class Grid:
     """uint8 [rows, columns], what is stored now: indices into `levels`."""
     uniform: bool = False
     """Whether each level is known to be the one before it plus 1, so that no search is needed."""
-    scales: torch.dtype | None = None
-    """The type in which the format stores each group's step by itself, so that it can be another; None: steps stay."""
-    shifts: bool = False
-    """Whether each group's offset is stored by itself, in that type too; else it is a fixed multiple of the step."""
+    scales: Grid | torch.dtype | None = None
+    """How the format stores each group's step by itself, so that it can be another: in a type, or on a grid of its own
+    (with a code for each group); None: steps stay."""
+    shifts: Grid | torch.dtype | None = None
+    """The same of offsets; None: each is a fixed multiple of its step."""
 
     scratch = 17.1
 
@@ -53,7 +54,10 @@ class Grid:
 
     def of_rows(self, some: slice) -> Grid:
         """The grid of some of the rows, on the same memory."""
-        return replace(self, step=self.step[some], offset=self.offset[some], codes=self.codes[some])
+        scales, shifts = (how.of_rows(some) if isinstance(how, Grid) else how for how in (self.scales, self.shifts))
+        return replace(
+            self, step=self.step[some], offset=self.offset[some], codes=self.codes[some], scales=scales, shifts=shifts
+        )
 
     def of_columns(self, some: slice) -> Grid:
         """The grid of the columns from `some.start` to `some.stop`: on the same memory where they are whole groups,
@@ -64,10 +68,14 @@ class Grid:
         unit = gcd(self.group, some.start, some.stop)
         if unit == self.group:
             groups = slice(some.start // unit, some.stop // unit)
-            return replace(self, step=self.step[:, groups], offset=self.offset[:, groups], codes=self.codes[:, some])
+            scales, shifts = (how.of_columns(groups) if isinstance(how, Grid) else how for how in (self.scales, self.shifts))
+            return replace(
+                self, step=self.step[:, groups], offset=self.offset[:, groups], codes=self.codes[:, some], scales=scales,
+                shifts=shifts,
+            )  # fmt: skip
         places = torch.arange(some.start, some.stop, unit, device=self.codes.device) // self.group
         step, offset = self.step.index_select(1, places), self.offset.index_select(1, places)
-        return replace(self, step=step, offset=offset, codes=self.codes[:, some], scales=None)
+        return replace(self, step=step, offset=offset, codes=self.codes[:, some], scales=None, shifts=None)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
         """float32 [rows, columns] that `codes` (uint8 [rows, columns]; the stored ones if None) stand for."""
@@ -99,6 +107,11 @@ class Grid:
         for some in self._pieces():
             self._bracket(*(whole[some] for whole in (*inputs, *scales, *outputs)))
         return low, high, fraction
+
+    def nearest(self, target: Tensor) -> Tensor:
+        """uint8 [rows, columns]: the nearest code to each value of finite float32 `target` [rows, columns]."""
+        low, _, fraction = self.bracket(target)
+        return low.add_(fraction > 0.5)
 
     def _bracket(
         self, codes: Tensor, target: Tensor, step: Tensor, offset: Tensor, low: Tensor, high: Tensor, fraction: Tensor
@@ -154,6 +167,14 @@ class Grid:
         return (slice(first, min(first + size, groups)) for first in range(0, groups, size))
 
 
+def said(values: Tensor, how: Grid | torch.dtype) -> Tensor:
+    """float32 [rows, groups]: the nearest to `values` that can be stored so. A grid's codes become theirs."""
+    if not isinstance(how, Grid):
+        return values.to(how).float()
+    how.codes.copy_(how.nearest(values))
+    return how.values()
+
+
 @runtime_checkable
 class Gridded(Protocol):
     """What a codec is, besides a `Codec`, whose formats keep a code for each weight and scales for groups of them."""
@@ -177,5 +198,5 @@ class Rescalable(Protocol):
     """What a codec is, besides `Gridded`, that can give groups other scales where a grid has a type for them."""
 
     def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
-        """The same rows with the grid's steps (and offsets, if it `shifts`) in place of theirs; they fit its `scales`."""
+        """The same rows with the grid's steps and offsets in place of theirs, as its `scales` and `shifts` say them."""
         ...

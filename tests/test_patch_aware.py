@@ -91,9 +91,10 @@ def test_scales_are_those_of_least_squares(format: str) -> None:
     codes = on_grid(stochastic, grid, target, "w", 0)
     error = (grid.values(codes) - target).T
     levels = grid.levels[codes.long()].double()
-    refit(replace(grid, scales=torch.float32), codes, target, (moments @ error.double()).float(), moments.float())
+    exact = replace(grid, scales=torch.float32, shifts=torch.float32 if grid.shifts else None)
+    refit(exact, codes, target, (moments @ error.double()).float(), moments.float())
     for row in range(6):
-        parts = [levels[row]] + [torch.ones(32, dtype=torch.float64)] * grid.shifts
+        parts = [levels[row]] + [torch.ones(32, dtype=torch.float64)] * (grid.shifts is not None)
         design = seen @ torch.stack(parts, 1)
         found = torch.linalg.lstsq(design, (seen @ target[row].double())[:, None]).solution[:, 0]
         ours = [grid.step[row, 0], grid.offset[row, 0]][: len(parts)]

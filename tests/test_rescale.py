@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edgeport.grid import Grid, Rescalable
+from edgeport.grid import Grid, Rescalable, said
 from edgeport.registry import codec
+from edgeport.seams import Finishing
 
 ROWS, COLUMNS = 64, 256
 FORMATS = [
     *(("ggml", format) for format in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")), ("bnb4", "NF4"), ("bnb4", "FP4"),
     ("gptq", "GPTQ_4"), ("gptq", "GPTQ_3"), ("awq", "AWQ_4"), ("packed", "W4A16"), ("packed", "W8A16"),
-    ("nbits", "NBITS4"), ("nbits", "NBITS4_ZP"),
+    ("nbits", "NBITS4"), ("nbits", "NBITS4_ZP"), ("ggml", "Q4_K"), ("ggml", "Q5_K"), ("ggml", "Q6_K"), ("bnb4", "NF4_DQ"),
 ]  # fmt: skip
-FIXED = [("ggml", "Q4_K"), ("ggml", "Q6_K"), ("ggml", "MXFP4"), ("bnb4", "NF4_DQ"), ("int8", "LLM_INT8")]
+FIXED = [("ggml", "Q2_K"), ("ggml", "MXFP4"), ("int8", "LLM_INT8")]
 
 
 def stored(owner: str, format: str, columns: int = COLUMNS) -> tuple[object, object, dict[str, torch.Tensor]]:
@@ -24,7 +25,11 @@ def stored(owner: str, format: str, columns: int = COLUMNS) -> tuple[object, obj
     found = codec(owner)
     weight = found.layout("model.layers.0.mlp.up_proj.weight", (ROWS, columns), format)
     matrix = torch.randn(ROWS, columns) * 0.02 + 0.003
-    return found, weight, dict(found.encode(weight, matrix, None))
+    parts = dict(found.encode(weight, matrix, None))
+    if parts.keys() - weight.parts.keys():
+        assert isinstance(found, Finishing)
+        parts |= found.finish(weight, {role: parts.pop(role) for role in parts.keys() - weight.parts.keys()})
+    return found, weight, parts
 
 
 @pytest.mark.parametrize(("owner", "format"), FORMATS)
@@ -35,11 +40,12 @@ def test_new_scales_are_stored_and_nothing_else_changes(owner: str, format: str)
     assert grid.scales is not None
     same = found.with_scales(weight, parts, grid)  # type: ignore[arg-type]
     assert all(torch.equal(same[role].view(-1), parts[role].view(-1)) for role in parts)
-    step = (grid.step * torch.linspace(0.9, 1.1, grid.step.numel()).view_as(grid.step)).to(grid.scales).float()
+    step = said(grid.step * torch.linspace(0.9, 1.1, grid.step.numel()).view_as(grid.step), grid.scales)
     offset = grid.offset * (step / grid.step)
-    if grid.shifts:
-        offset = (grid.offset + 0.2 * grid.step).to(grid.scales).float()
+    if grid.shifts is not None:
+        offset = said(grid.offset + 0.2 * grid.step, grid.shifts)
     other = replace(grid, step=step, offset=offset)
+    assert not torch.equal(step, grid.step)
     moved = found.with_scales(weight, parts, other)  # type: ignore[arg-type]
     assert torch.allclose(found.decode(weight, moved), other.values(), rtol=1e-5, atol=1e-8)  # type: ignore[attr-defined]
     assert torch.equal(found.grid(weight, moved).codes, grid.codes)  # type: ignore[attr-defined]

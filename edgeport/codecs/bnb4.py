@@ -214,8 +214,15 @@ class Bnb4:
         codes = codes[: len(codes) // weight.columns * weight.columns].view(-1, weight.columns)
         group = gcd(state.blocksize, weight.columns)
         step = _absmax(state, parts).repeat_interleave(state.blocksize // group)[: codes.numel() // group].view(len(codes), -1)
-        own = not state.nested_blocksize and group == state.blocksize
-        return Grid(levels, step, torch.full_like(step, -0.0), codes, scales=torch.float32 if own else None)
+        scales: Grid | torch.dtype | None = torch.float32
+        if group != state.blocksize:
+            scales = None  # a block goes on in the next row
+        elif state.nested_blocksize and "exact" not in parts:
+            scales = Grid(
+                parts["nested_quant_map"].view(torch.float32), _units(state, parts).view(step.shape),
+                torch.full_like(step, state.nested_offset), parts["absmax"].clone().view(step.shape),
+            )  # fmt: skip
+        return Grid(levels, step, torch.full_like(step, -0.0), codes, scales=scales)
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         import torch
@@ -229,7 +236,8 @@ class Bnb4:
     def with_scales(self, weight: Weight, parts: Mapping[str, Tensor], grid: Grid) -> Mapping[str, Tensor]:
         import torch
 
-        return {**parts, "absmax": grid.step.reshape(-1).view(torch.uint8)}
+        stored = grid.scales.codes if isinstance(grid.scales, Grid) else grid.step
+        return {**parts, "exact" if "exact" in parts else "absmax": stored.reshape(-1).view(torch.uint8)}
 
 
 codec = Bnb4()
@@ -298,10 +306,16 @@ def _absmax(state: State, parts: Mapping[str, Tensor]) -> Tensor:
 
     if "exact" in parts or not state.nested_blocksize:
         return parts["exact" if "exact" in parts else "absmax"].view(torch.float32)
-    stored = parts["absmax"]
-    scales = parts["nested_quant_map"].view(torch.float32).index_select(0, stored.to(torch.int32))
+    scales = parts["nested_quant_map"].view(torch.float32).index_select(0, parts["absmax"].to(torch.int32))
+    return scales.mul_(_units(state, parts)).add_(state.nested_offset)
+
+
+def _units(state: State, parts: Mapping[str, Tensor]) -> Tensor:
+    """float32 [blocks]: what the stored scale of each block is a multiple of."""
+    import torch
+
     nested = parts["nested_absmax"].view(torch.float32).repeat_interleave(state.nested_blocksize)
-    return scales.mul_(nested[: scales.numel()]).add_(state.nested_offset)
+    return nested[: parts["absmax"].numel()]
 
 
 def _scaled(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

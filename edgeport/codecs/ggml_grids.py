@@ -45,6 +45,17 @@ class Plane:
         return (1 << self.bits) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The steps, or the offsets, of a block's groups as codes of their own: unit * levels[code]."""
+
+    levels: range
+    unit: Tensor
+    """float32 [blocks, 1]."""
+    codes: Tensor
+    """uint8 [blocks, groups]."""
+
+
 Scales = Callable[["Tensor"], "tuple[Tensor, Tensor | None]"]
 """uint8 [blocks, bytes] to step and offset, float32 [blocks, groups] each."""
 
@@ -55,12 +66,14 @@ class Layout:
 
     planes: tuple[Plane, ...]
     levels: Sequence[int]
-    scales: Scales
+    scales: Scales | None = None
     flip: int = 0
     fold: int = 0
     """Mask of the magnitude below a sign bit; negative magnitudes ascend backwards."""
     halves: tuple[int, ...] = ()
     """Where the float16 step of a block is, and then its offset, in types whose blocks have no other scales."""
+    own: tuple[Callable[[Tensor], tuple[Own, ...]], Callable[..., None]] | None = None
+    """In place of `scales`: from blocks, steps and then offsets as codes; and codes into blocks (uint8 [blocks, bytes])."""
 
 
 def _d(at: int) -> Scales:
@@ -88,7 +101,7 @@ def _q3_k(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
     return _half(blocks, 108) * (scales.float() - 32), None
 
 
-def _q4_k(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+def _q4_k(blocks: Tensor) -> tuple[Own, ...]:
     """d 0-1, dmin 2-3, scales 4-15: 6 bits of S and of M for 32 columns each. value = d * S * code - dmin * M
 
     byte 4 + i:   S(i+4) bits 5-4 | S(i)            i = 0 ... 3
@@ -100,14 +113,22 @@ def _q4_k(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
     first, second, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = cat((first & 63, rest & 15 | first >> 2 & 48), 1)
     minima = cat((second & 63, rest >> 4 | second >> 2 & 48), 1)
-    return _half(blocks, 0) * scales.float(), -(_half(blocks, 2) * minima.float())
+    return Own(range(64), _half(blocks, 0), scales), Own(range(64), -_half(blocks, 2), minima)
 
 
-def _q6_k(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+def _to_q4_k(blocks: Tensor, scales: Tensor, minima: Tensor) -> None:
+    blocks[:, 4:8] = scales[:, :4] | (scales[:, 4:] & 48) << 2
+    blocks[:, 8:12] = minima[:, :4] | (minima[:, 4:] & 48) << 2
+    blocks[:, 12:16] = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
+
+
+def _q6_k(blocks: Tensor) -> tuple[Own, ...]:
     """scales 192-207: int8 for 16 columns each; d 208-209."""
-    import torch
+    return (Own(range(-128, 128), _half(blocks, 208), blocks[:, 192:208] ^ 128),)
 
-    return _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float(), None
+
+def _to_q6_k(blocks: Tensor, scales: Tensor) -> None:
+    blocks[:, 192:208] = scales ^ 128
 
 
 def _iq4_xs(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,11 +167,11 @@ LAYOUTS = {
     # bit 2 of the codes 0-31 | bits 1-0 32-95 | scales 96-107 | d 108-109
     "Q3_K": Layout((Plane(32, 64, 32, 2), Plane(0, 32, 32, 1, at=2)), range(-4, 4), _q3_k),
     # d, dmin 0-3 | scales 4-15 | codes 16-143
-    "Q4_K": Layout((Plane(16, 128, 32, 4),), range(16), _q4_k),
+    "Q4_K": Layout((Plane(16, 128, 32, 4),), range(16), own=(_q4_k, _to_q4_k)),
     # d, dmin 0-3 | scales 4-15 | bit 4 of the codes 16-47 | bits 3-0 48-175
-    "Q5_K": Layout((Plane(48, 128, 32, 4), Plane(16, 32, 32, 1, at=4)), range(32), _q4_k),
+    "Q5_K": Layout((Plane(48, 128, 32, 4), Plane(16, 32, 32, 1, at=4)), range(32), own=(_q4_k, _to_q4_k)),
     # bits 3-0 of the codes 0-127 | bits 5-4 128-191 | scales 192-207 | d 208-209
-    "Q6_K": Layout((Plane(0, 128, 64, 4), Plane(128, 64, 32, 2, at=4)), range(-32, 32), _q6_k),
+    "Q6_K": Layout((Plane(0, 128, 64, 4), Plane(128, 64, 32, 2, at=4)), range(-32, 32), own=(_q6_k, _to_q6_k)),
     # d 0-1 | codes 2-17
     "IQ4_NL": Layout((Plane(2, 16, 16, 4),), IQ4, _d(0), halves=(0,)),
     # d 0-1 | scales 2-7 | codes 8-135
@@ -169,16 +190,30 @@ def unpack(layout: Layout, blocks: Tensor, columns: int) -> Grid:
         _fold(codes, layout.fold)
     if layout.flip:
         codes.bitwise_xor_(layout.flip)
-    step, offset = layout.scales(blocks)
     rows = codes.numel() // columns
+    how: list[Grid | torch.dtype | None]
+    if layout.own:
+        how = [_own_grid(found, rows) for found in layout.own[0](blocks)]
+        step, offset = how[0].values(), how[1].values() if how[1:] else None  # type: ignore[union-attr]
+    else:
+        assert layout.scales
+        how = [torch.float16 for _ in layout.halves]
+        step, offset = layout.scales(blocks)
+    scales, shifts = [*how, None, None][:2]
     return Grid(
         torch.tensor(layout.levels, dtype=torch.float32, device=blocks.device),
         step.reshape(rows, -1),
         torch.full_like(step, -0.0).reshape(rows, -1) if offset is None else offset.reshape(rows, -1),
-        codes.view(rows, columns),
-        uniform=isinstance(layout.levels, range), scales=torch.float16 if layout.halves else None,
-        shifts=len(layout.halves) > 1,
+        codes.view(rows, columns), isinstance(layout.levels, range), scales, shifts,
     )  # fmt: skip
+
+
+def _own_grid(found: Own, rows: int) -> Grid:
+    import torch
+
+    levels = torch.tensor(found.levels, dtype=torch.float32, device=found.codes.device)
+    unit = found.unit.reshape(rows, -1)
+    return Grid(levels, unit, torch.full_like(unit, -0.0), found.codes.reshape(rows, -1), uniform=True)
 
 
 def pack(layout: Layout, blocks: Tensor, codes: Tensor) -> Tensor:
@@ -204,6 +239,9 @@ def rescale(layout: Layout, blocks: Tensor, grid: Grid) -> Tensor:
     stored = blocks.clone()
     for at, values in zip(layout.halves, (grid.step, grid.offset), strict=False):
         stored[:, at : at + 2] = values.reshape(-1, 1).to(torch.float16).view(torch.uint8)
+    if layout.own:
+        found = (how.codes.reshape(len(blocks), -1) for how in (grid.scales, grid.shifts) if isinstance(how, Grid))
+        layout.own[1](stored, *found)
     return stored
 
 

@@ -26,8 +26,7 @@ class Nearest:
         return 8.0
 
     def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
-        low, _, fraction = grid.bracket(target)
-        return low.add_(fraction > 0.5)
+        return grid.nearest(target)
 
 
 rounding = Nearest()

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from edgeport.grid import Grid, said
 from edgeport.rounding import on_grid
 from edgeport.rounding.stochastic import rounding as chance
 
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from edgeport.grid import Grid
     from edgeport.rounding import Inputs
 
-DAMPING = 0.05
+DAMPING = 0.1
 """Of the inputs' mean square. Less of it lets errors along the patch grow, more of it draws towards the old codes."""
 SWEEPS = 3
 COLUMNS = 128
@@ -140,37 +140,45 @@ def descend(slope: Tensor, half: Tensor, distance: Tensor, moments: Tensor) -> N
 def refit(grid: Grid, codes: Tensor, exact: Tensor, slope: Tensor, moments: Tensor) -> None:
     """Give each group of the grid, one after the other, the step (and the offset, if it shifts) that leaves least.
 
-    With a group's values v and errors e, the least of (e + a v + b) under the moments is where a and b solve two linear
-    equations; b only of a grid that shifts. `codes` uint8 and `exact` [rows, columns]; `slope` [columns, rows], half the
-    objective's gradient as things are, follows.
+    With what a group's step makes of its codes u and the errors e, the least of (e + a u + b) under the moments is where a
+    and b solve two linear equations; b only of a grid that shifts. What can be stored of that is kept in the rows in which
+    it leaves less than there was. `codes` uint8 and `exact` [rows, columns]; `slope` [columns, rows], half the objective's
+    gradient as things are, follows.
     """
     import torch
 
-    assert grid.scales is not None
     size = grid.group
     for place in range(grid.step.shape[1]):
         some = slice(place * size, (place + 1) * size)
-        group, within = grid.of_columns(some), moments[some, some]
+        group, within, wish = grid.of_columns(some), moments[some, some], slope[some]
+        assert group.scales is not None
         error = error_of(group, codes[:, some], exact[:, some])
-        values = exact[:, some].T + error
-        felt = within @ values
-        weight = (values * felt).sum(0).mul_(1 + RIDGE)
-        wish = -(values * slope[some]).sum(0)
-        step, offset = group.step[:, 0], group.offset[:, 0]
-        if grid.shifts:
+        step, offset = group.step.clone(), group.offset.clone()
+        made = exact[:, some].T + error
+        if group.shifts is not None:
+            made -= offset.T
+        felt = within @ made
+        weight, pull = (made * felt).sum(0).mul_(1 + RIDGE), (made * wish).sum(0)
+        if group.shifts is not None:
             # by elimination of b, which every value of the group takes
-            flat, of_flat = within.sum() * (1 + RIDGE), felt.sum(0)
-            wish_flat = -slope[some].sum(0)
-            factor = (wish - of_flat * wish_flat / flat) / (weight - of_flat.square() / flat)
-            shift = (wish_flat - of_flat * factor) / flat
+            flat, tilt = within.sum() * (1 + RIDGE), felt.sum(0)
+            weight -= tilt.square() / flat
+            pull -= tilt * wish.sum(0) / flat
+        found = step * (1 - pull / weight)[:, None]
+        # a step of another sign, or of 0, would be another grid, with nowhere to go from there
+        group.step.copy_(said(torch.where(found.isfinite() & (found * step > 0), found, step), group.scales))
+        if group.shifts is None:
+            group.offset.copy_(torch.where(step == 0, offset, offset * (group.step / step)))
         else:
-            factor, shift = wish / weight, torch.zeros_like(step)
-        found = (step * (1 + factor)).to(grid.scales).float()
-        moved = (offset * (1 + factor) + shift).to(grid.scales).float() if grid.shifts else offset * (found / step)
-        able = found.isfinite() & moved.isfinite() & (found * step > 0)
-        step.copy_(torch.where(able, found, step))
-        offset.copy_(torch.where(able, moved, offset))
-        slope.addmm_(moments[:, some], error_of(group, codes[:, some], exact[:, some]).sub_(error))
+            grown = (group.step / step - 1).nan_to_num_(0.0)[:, 0]
+            group.offset.copy_(said(offset - ((wish.sum(0) + tilt * grown) / flat)[:, None], group.shifts))
+        change = error_of(group, codes[:, some], exact[:, some]).sub_(error)
+        worse = ~((change * (2 * wish + within @ change)).sum(0) < 0)[:, None]
+        for values, before, how in ((group.step, step, group.scales), (group.offset, offset, group.shifts)):
+            values.copy_(torch.where(worse, before, values))
+            if isinstance(how, Grid):
+                said(values, how)
+        slope.addmm_(moments[:, some], change.masked_fill_(worse.T, 0.0))
 
 
 def dtype_for(device: torch.device) -> torch.dtype:
