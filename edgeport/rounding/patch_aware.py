@@ -75,15 +75,12 @@ class PatchAware:
                 part, exact, seen = grid.of_columns(some), target[:, some], inputs.rows[:, some].to(dtype)
                 before = error_of(part, codes[:, some], exact)
                 slope = (seen.T @ outputs).float().add_(before, alpha=damping)
-                chosen, error = descended(part, exact, before, slope.clone(), moments)
-                codes[:, some] = chosen
+                codes[:, some], change = descended(part, exact, before, slope.clone(), moments)
                 if part.scales is not None:
-                    slope.addmm_(moments, error.sub_(before))
-                    refit(part, chosen, exact, slope, moments)
-                    error = error_of(part, chosen, exact).sub_(before)
-                else:
-                    error.sub_(before)
-                outputs.addmm_(seen, error.to(dtype), alpha=share)
+                    slope.addmm_(moments, change)
+                    refit(part, codes[:, some], exact, slope, moments)
+                    change = error_of(part, codes[:, some], exact).sub_(before)
+                outputs.addmm_(seen, change.to(dtype), alpha=share)
         return codes
 
 
@@ -93,7 +90,7 @@ def error_of(grid: Grid, codes: Tensor, exact: Tensor) -> Tensor:
 
 
 def descended(grid: Grid, exact: Tensor, before: Tensor, slope: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """One sweep over a batch of columns: its codes (uint8 [rows, columns]) and their errors (float32 [columns, rows]).
+    """One sweep over a batch of columns: its codes (uint8 [rows, columns]), and the change of errors (float32 [columns, rows]).
 
     `before` [columns, rows]: the errors as they are. `slope` and `moments` are `descend`'s.
     """
@@ -105,7 +102,7 @@ def descended(grid: Grid, exact: Tensor, before: Tensor, slope: Tensor, moments:
     half = middle - before
     descend(slope, half, distance.abs(), moments)
     # a negative step turns the two around
-    return torch.where(((half < 0) == (distance >= 0)).T, high, low), middle.sub_(half)
+    return torch.where(((half < 0) == (distance >= 0)).T, high, low), middle.sub_(half).sub_(before)
 
 
 def moments_of(rows: Tensor, dtype: torch.dtype, damping: float) -> Iterator[Tensor]:
