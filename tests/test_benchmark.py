@@ -227,6 +227,14 @@ def test_questions_are_read_back(tmp_path: Path) -> None:
     assert read_questions(tmp_path / "q.jsonl") == [*CHOICES, *WRITTEN]
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """Other programs write these signs into a text as they are, and Windows' begin a file with a mark of its own."""
+    question = Generation("one\u2028two\u2029three\x85four\x0bfive", " t")
+    line = json.dumps({"prompt": question.prompt, "target": question.target}, ensure_ascii=False)
+    (tmp_path / "q.jsonl").write_bytes(f"\ufeff{line}\r\n{line}".encode())
+    assert read_questions(tmp_path / "q.jsonl") == [question, question]
+
+
 GOOD = '{"prompt": "p", "target": "t"}'
 BAD = {
     "{": "not JSON",
@@ -242,10 +250,13 @@ BAD = {
     '{"prompt": "p", "options": ["a", "b"], "answer": 2}': "0 to 1",
     '{"prompt": "p", "options": ["a", "b"], "answer": true}': "0 to 1",
     '{"prompt": "p", "target": "t", "anwser": 1}': "anwser: no such field",
+    '{"prompt": "p", "target": "two\\nlines"}': "target has to be one line",
+    '{"prompt": "p", "options": ["a", "\\ud83d"], "answer": 0}': "half of a surrogate pair",
+    "[" * 5000: "not JSON",
 }
 
 
-@pytest.mark.parametrize("line", BAD)
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:80])
 def test_the_first_bad_line_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(f"{GOOD}\n\n{line}\n{{\n")
     with pytest.raises(BadQuestions, match=r"q\.jsonl, line 3: ") as caught:

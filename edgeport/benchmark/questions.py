@@ -48,7 +48,8 @@ def gold(question: Asked) -> str:
 def read_questions(path: Path) -> list[Asked]:
     """Every line of a JSONL file. Raises BadQuestions for the first line that is no question."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # with Windows' mark at the begin or without; splitlines would also cut at signs that may stand within a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadQuestions(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     found = [parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -61,7 +62,7 @@ def parsed(line: str, where: str) -> Asked:
     """One question. Raises BadQuestions, which begins with `where`."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadQuestions(f"{where}: not JSON ({error}); write one object a line") from error
     complaint = mistake(fields)
     if complaint:
@@ -80,10 +81,15 @@ def mistake(fields: Any) -> str | None:
         return f"{', '.join(unknown)}: no such field; there are prompt, options, answer and target"
     if not isinstance(fields.get("prompt"), str) or not fields["prompt"].strip():
         return "prompt has to be a text"
+    if any("\ud800" <= sign <= "\udfff" for text in texts(fields) for sign in text):
+        return "half of a surrogate pair (\\ud800 to \\udfff) is no character"
     if ("target" in fields) == ("options" in fields):
         return "either options (with answer) or target has to be there, and not both"
     if "target" in fields:
-        return None if isinstance(fields["target"], str) and fields["target"].strip() else "target has to be a text"
+        target = fields["target"]
+        if not isinstance(target, str) or not target.strip():
+            return "target has to be a text"
+        return "target has to be one line: with it a model's answer ends" if "\n" in target.strip() else None
     options, answer = fields["options"], fields.get("answer")
     if not isinstance(options, list) or not all(isinstance(one, str) and one for one in options):
         return "options has to be a list of texts"
@@ -92,6 +98,13 @@ def mistake(fields: Any) -> str | None:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):
         return f"answer has to be the number of the right option, 0 to {len(options) - 1}"
     return None
+
+
+def texts(fields: Mapping[str, Any]) -> list[str]:
+    """All that an object would give a model to read."""
+    options = fields.get("options")
+    given = [fields.get("prompt"), fields.get("target"), *(options if isinstance(options, list) else [])]
+    return [text for text in given if isinstance(text, str)]
 
 
 def write_questions(path: Path, questions: Sequence[Asked]) -> None:
