@@ -30,6 +30,12 @@ class Quant:
     format: str
     lay_out: Callable[[Weight], Weight]
     config: Mapping[str, Any]
+    symmetric: bool | None = None
+    """Of a format that comes both ways."""
+
+    def holds(self, weight: Weight) -> bool:
+        """Whether the weight is in that format already."""
+        return weight.format == self.format and self.symmetric in (None, getattr(weight.parameters, "symmetric", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,8 @@ def of_packed(bits: int, symmetric: bool) -> Callable[[Model], Quant]:
             how = packed.Scheme(bits, group, symmetric, scales=bnb4.DTYPES[model.dtype])
             return packed.lay_out(weight.name.removesuffix(".weight"), weight.shape, how)
 
-        return Quant(f"W{bits}A16", lay_out, packed.quantization_config(packed.Scheme(bits, model.group, symmetric), model.group))
+        config = packed.quantization_config(packed.Scheme(bits, model.group, symmetric), model.group)
+        return Quant(f"W{bits}A16", lay_out, config, symmetric)
 
     return make
 
@@ -117,7 +124,7 @@ def choose(name: str, weights: Collection[Weight], dtype: str) -> Quant | None:
     """The quantization of that name for a model with these weights; None where its linear layers are in it already."""
     linear = [weight for weight in weights if is_linear(weight)]
     quant = QUANTS[name](Model(dtype, {weight.columns for weight in linear}))
-    return None if linear and all(weight.format == quant.format for weight in linear) else quant
+    return None if linear and all(map(quant.holds, linear)) else quant
 
 
 def is_linear(weight: Weight) -> bool:

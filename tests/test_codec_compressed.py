@@ -339,6 +339,17 @@ def test_a_kind_that_is_not_read_is_refused(tiny_llama: TinyLlama, tmp_path: Pat
             open_model(tmp_path / "out")
 
 
+def test_the_other_symmetry_is_another_format(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Both are called W4A16: a base of one is not the other for that."""
+    base = edgeport.export(model=tiny_llama(**WIDE), output=tmp_path / "w4a16", to="hf", quant="w4a16").output
+    for quant, zeros, action in (("w4a16-asym", True, "recode"), ("w4a16", False, "copy")):
+        done = edgeport.export(model=base, output=tmp_path / f"to {quant}", to="hf", quant=quant)
+        assert {fact.action for fact in done.facts if fact.weight == f"{NAME}.weight"} == {action}
+        told = json.loads((done.output / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+        assert told["weights"]["symmetric"] is not zeros
+        assert (f"{NAME}.weight_zero_point" in load_file(done.output / "model.safetensors")) is zeros
+
+
 def test_columns_that_are_no_groups_are_refused() -> None:
     with pytest.raises(BlockMismatch, match="100 columns are no multiple of 32"):
         packed.lay_out("m", (8, 100), Scheme(4, 32))

@@ -157,6 +157,19 @@ def test_grown_vocabulary(tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(out), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_trained_row_beyond_the_old_vocabulary_stands_for_itself(tmp_path: Path) -> None:
+    old = save_base(tmp_path / "old")
+    grown = load(old)
+    grown.resize_token_embeddings(330, mean_resizing=False)
+    grown.save_pretrained(tmp_path / "new")
+    patch = save_patch(tmp_path / "new", tmp_path / "patch", target_modules=["q_proj"], trainable_token_indices=[3, 327])
+    expected = merged(tmp_path / "new", patch)
+    edgeport.port(patch=patch, new_base=tmp_path / "new", old_base=old, output=tmp_path / "out")
+    for key, value in load(tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
 def test_old_base_turns_replaced_values_into_differences(tmp_path: Path) -> None:
     old = save_base(tmp_path / "old")
     patch = save_patch(old, tmp_path / "patch", target_modules=ATTENTION, modules_to_save=["norm", "lm_head"])

@@ -164,18 +164,19 @@ class ReplaceRows(OfValues):
 
         def apply(rows: range, matrix: Tensor) -> Tensor:
             matrix = matrix.clone()
-            for position, index in enumerate(self.indices):
+            for value, index in zip(values, self.indices, strict=True):
                 if index in rows:
-                    before = matrix[index - rows.start] if self.old is None else self.old_row(index, device)
-                    change = values[position] - before
-                    exact = self.old is None and self.scale == 1
-                    matrix[index - rows.start] = values[position] if exact else matrix[index - rows.start] + change * self.scale
+                    here, before = matrix[index - rows.start], self.old_row(index, device)
+                    change = value - (here if before is None else before)
+                    matrix[index - rows.start] = value if before is None and self.scale == 1 else here + change * self.scale
             return matrix
 
         return apply
 
-    def old_row(self, index: int, device: str) -> Tensor:
-        assert self.old is not None
+    def old_row(self, index: int, device: str) -> Tensor | None:
+        """None where no old base is known, or its vocabulary ends before."""
+        if self.old is None or index >= self.old[1].rows:
+            return None
         source, weight = self.old
         start = index - index % weight.row_granule
         block = decode_rows(source, weight, range(start, min(start + weight.row_granule, weight.rows)), device)
