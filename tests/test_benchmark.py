@@ -18,7 +18,7 @@ import edgeport
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
 from edgeport.benchmark.runner import Tree, groups, open_runner
-from edgeport.benchmark.score import divergence, perplexity, same, tree
+from edgeport.benchmark.score import answers, divergence, perplexity, same, tree
 from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
 from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 from edgeport.cli import app
@@ -121,6 +121,16 @@ def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Pa
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(models["hf"])(ids, labels=ids).loss.exp().item()
     assert perplexity(open_runner(models[container]), text) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_what_is_longer_than_the_model_s_positions(container: str, models: dict[str, Path]) -> None:
+    """A question is refused by each runtime alike, and a text is read in pieces that fit."""
+    runner = open_runner(models[container])
+    long = Choice("one block of " * 60, (" one", " two"), 0)
+    with pytest.raises(BadQuestions, match=r"question 2 \('one block.* has positions for 128; shorten the prompt"):
+        answers(runner, [CHOICES[0], long], None, None)
+    assert perplexity(runner, long.prompt) > 1
 
 
 def test_groups_hold_what_they_may() -> None:

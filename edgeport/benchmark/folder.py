@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ class FolderRunner:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
             self.model.to(self.device)
+        self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])

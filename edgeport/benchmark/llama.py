@@ -32,6 +32,7 @@ class LlamaRunner:
             raise NotACheckpoint(f"llama.cpp cannot load {path}; does `edgeport inspect` name an architecture that it has?")
         self.vocabulary = self.llama.llama_model_get_vocab(self.model)
         self.size = self.llama.llama_vocab_n_tokens(self.vocabulary)
+        self.positions = int(self.llama.llama_model_n_ctx_train(self.model))
 
     def encode(self, text: str) -> list[int]:
         data = text.encode()

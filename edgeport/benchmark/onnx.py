@@ -27,6 +27,7 @@ class OnnxRunner:
         controls = (token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
         self.ends = {*([ends] if isinstance(ends, int) else ends), *controls}
         self.runner = Runner(path, threads=threads())
+        self.positions = self.runner.positions
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text).ids)

@@ -56,6 +56,11 @@ class Judged:
 class Runner(Protocol):
     """A model that is loaded. A container's runner is a module with `open_runner(path) -> Runner`; see RUNNERS."""
 
+    @property
+    def positions(self) -> int:
+        """Tokens that a text may have."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with a start token where the model wants one."""
         ...

@@ -52,9 +52,26 @@ def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
     return Tree(ids, branches)
 
 
+def check_lengths(runner: Runner, questions: Sequence[Asked], trees: Sequence[Tree], longest: int) -> None:
+    """Raises BadQuestions for one that is longer than the texts that the model was made for: not every runtime would say so.
+
+    `longest`: tokens that the model may write.
+    """
+    for number, (question, tree) in enumerate(zip(questions, trees, strict=True), 1):
+        after = longest if isinstance(question, Generation) else max(map(len, tree.branches))
+        if len(tree.prompt) + after > runner.positions:
+            raise BadQuestions(
+                f"question {number} ({question.prompt[:40]!r} ...) takes {len(tree.prompt)} tokens and its answer up to {after}, "
+                f"and the model has positions for {runner.positions}; shorten the prompt or leave the question out"
+            )
+
+
 def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, against: str | None) -> dict[str, Any]:
     """Which questions are answered right, and the mean KL(against || this) after their prompts."""
     trees = [tree(runner, question) for question in questions]
+    written = [number for number, question in enumerate(questions) if isinstance(question, Generation)]
+    longest = max((len(trees[number].branches[0]) for number in written), default=0) + SPARE_TOKENS
+    check_lengths(runner, questions, trees, longest)
     right: list[bool] = [False] * len(questions)
     divergences = []
     with ExitStack() as stack:
@@ -68,10 +85,8 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
                     kept.write(judged.first.tobytes())
                 if reference:
                     divergences.append(divergence(reference, judged))
-    written = [number for number, question in enumerate(questions) if isinstance(question, Generation)]
     if written:
-        longest = max(len(trees[number].branches[0]) for number in written)
-        texts = runner.write([trees[number].prompt for number in written], longest + SPARE_TOKENS, ("\n",))
+        texts = runner.write([trees[number].prompt for number in written], longest, ("\n",))
         for number, text in zip(written, texts, strict=True):
             question = questions[number]
             right[number] = isinstance(question, Generation) and same(text, question.target)
@@ -96,16 +111,16 @@ def divergence(reference: BinaryIO, judged: Judged) -> float:
 def perplexity(runner: Runner, text: str) -> float:
     """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own."""
     ids = runner.encode(text)
-    pieces = list(cut(ids))
+    pieces = list(cut(ids, min(CHUNK_TOKENS, runner.positions)))
     spread = [pieces[number * len(pieces) // CHUNKS] for number in range(CHUNKS)] if len(pieces) > CHUNKS else pieces
     judged = runner.judge([Tree(piece[:1], [piece[1:]]) for piece in spread])
     return exp(-sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread))
 
 
-def cut(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Pieces of CHUNK_TOKENS; the last may be shorter, of two tokens at least."""
-    for start in range(0, len(ids), CHUNK_TOKENS):
-        piece = ids[start : start + CHUNK_TOKENS]
+def cut(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Pieces of `size` tokens; the last may be shorter, of two tokens at least."""
+    for start in range(0, len(ids), size):
+        piece = ids[start : start + size]
         if len(piece) > 1:
             yield piece
 
