@@ -68,6 +68,19 @@ def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: 
         np.testing.assert_allclose(one.first, first, atol=1e-2)
 
 
+def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
+    folder = tiny_llama("mistral", vocab=300)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 6}
+    (folder / "config.json").write_text(json.dumps(config))
+    long = Choice("the patch is added to the base, one block", CHOICES[0].options, 0)
+    runner = open_runner(folder)
+    for question, one in zip([long, *CHOICES], runner.judge([tree(runner, each) for each in (long, *CHOICES)]), strict=True):
+        expected, first = naive(folder, question)
+        np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
+        np.testing.assert_allclose(one.first, first, atol=1e-4)
+
+
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

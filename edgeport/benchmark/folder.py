@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups
+from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, together
 from edgeport.device import choose
 from edgeport.errors import need
 
@@ -32,6 +32,7 @@ class FolderRunner:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
             self.model.to(self.device)
+        self.window = sliding_window(self.model.config)
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:
@@ -39,15 +40,24 @@ class FolderRunner:
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
         for group in groups(trees, PACK_TOKENS, PACK_BRANCHES):
-            pack = Pack.of(group)
-            wanted = pack.wanted
-            with self.torch.inference_mode():
-                logits = self.model(
-                    input_ids=self._row(pack.ids), position_ids=self._row(pack.positions), attention_mask=self.mask(pack),
-                    use_cache=False, logits_to_keep=self.torch.tensor(wanted, device=self.model.device),
-                ).logits[0].float().cpu().numpy()  # fmt: skip
-            place = {token: row for row, token in enumerate(wanted)}
-            yield from pack.judged(lambda token, logits=logits, place=place: logits[place[token]])
+            if all(tree.longest <= self.window for tree in group):
+                pack = Pack.of(group)
+                yield from self._judged(pack, self.mask(pack))
+                continue
+            for tree in group:
+                # a mask of ours would take the place of the model's own, which only some layers cut off
+                alone = (Pack.of([Tree(tree.prompt, [branch])]) for branch in tree.branches)
+                yield together([judged for pack in alone for judged in self._judged(pack, None)])
+
+    def _judged(self, pack: Pack, mask: Tensor | None) -> Iterator[Judged]:
+        wanted = pack.wanted
+        with self.torch.inference_mode():
+            logits = self.model(
+                input_ids=self._row(pack.ids), position_ids=self._row(pack.positions), attention_mask=mask,
+                use_cache=False, logits_to_keep=self.torch.tensor(wanted, device=self.model.device),
+            ).logits[0].float().cpu().numpy()  # fmt: skip
+        place = {token: row for row, token in enumerate(wanted)}
+        yield from pack.judged(lambda token: logits[place[token]])
 
     def _row(self, values: Sequence[int]) -> Tensor:
         row: Tensor = self.torch.tensor([values], device=self.model.device)
@@ -89,6 +99,13 @@ class FolderRunner:
                 pad_token_id=padding, temperature=None, top_p=None, top_k=None, stopping_criteria=[stopped],
             )  # fmt: skip
         return self.tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def sliding_window(config: Any) -> int:
+    """Tokens that every layer attends to: by config.json, whose window may be in use or not."""
+    text = config.get_text_config()
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if isinstance(window, int)), default=sys.maxsize)
 
 
 def open_runner(path: Path) -> FolderRunner:

@@ -40,6 +40,11 @@ class Tree:
         """How many the model has to see: a branch's last token needs no successor."""
         return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and its longest branch, the last one without a successor left out."""
+        return len(self.prompt) + max(map(len, self.branches)) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -152,6 +157,11 @@ def groups(trees: Sequence[Tree], tokens: int, branches: int) -> Iterator[list[T
         group.append(tree)
     if group:
         yield group
+
+
+def together(parts: Sequence[Judged]) -> Judged:
+    """One tree's judgement from those of its branches alone."""
+    return Judged(parts[0].first, [one.loglikelihoods[0] for one in parts], [one.greedy[0] for one in parts])
 
 
 def log_softmax(logits: Array) -> Array:
