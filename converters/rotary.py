@@ -17,6 +17,16 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """What `frequencies` knows: the types whose frequencies do not depend on the length of the text."""
 
 
+POSITIVE = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow",
+)  # fmt: skip
+
+
+def is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings in one dict, from transformers 4's two keys or transformers 5's one."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -54,7 +64,7 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, positions: int) -> tuple
     """[head_dim / 2] angles from one position to the next, and the factor of both cosine and sine.
 
     `positions`: max_position_embeddings. Source: transformers `modeling_rope_utils.ROPE_INIT_FUNCTIONS`.
-    Raises UnsupportedArchitecture for another type than `ROPE_TYPES`, ConvertError for a setting that is missing.
+    Raises UnsupportedArchitecture for another type than `ROPE_TYPES`, ConvertError for a setting that is missing or impossible.
     """
     import numpy as np
 
@@ -67,6 +77,11 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, positions: int) -> tuple
         raise UnsupportedArchitecture(f"the rotary settings {', '.join(refused)} of config.json are not supported")
     if kind in ("linear", "yarn") and "factor" not in rope:
         raise ConvertError(f"config.json gives rope_type {kind!r} without a factor")
+    wrong = [f"{name} {rope[name]!r}" for name in POSITIVE if name in rope and not is_positive(rope[name])]
+    if not wrong and kind == "llama3" and not rope.get("low_freq_factor", 1.0) < rope.get("high_freq_factor", 4.0):
+        wrong.append("a low_freq_factor that is not below high_freq_factor")
+    if wrong:
+        raise ConvertError(f"config.json has the rotary settings {', '.join(wrong)}, of which no angles can be made")
     plain = 1 / np.power(float(rope["rope_theta"]), np.arange(0, head_dim, 2) / head_dim)
     if kind == "linear":
         plain = plain / rope["factor"]

@@ -399,6 +399,30 @@ def test_rotary_frequencies_are_those_of_transformers() -> None:
         assert factor == pytest.approx(scale)
 
 
+BROKEN: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"num_key_value_heads": {}}, "num_key_value_heads {}"), ({"num_key_value_heads": 3}, "4 of queries and 3 of keys"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5'"), ({"rms_norm_eps": []}, r"rms_norm_eps \[\]"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings 0"),
+    ({"max_position_embeddings": 2.5}, "max_position_embeddings 2.5"),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor 0.0"),
+    ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "not below high_freq_factor"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "says"), BROKEN)
+def test_settings_of_which_no_graph_can_be_made(
+    change: dict[str, Any], says: str, families: Families, tmp_path: Path
+) -> None:
+    folder = families("llama")[0]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").symlink_to(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConvertError, match=says):
+        edgeport.plan(new_base=tmp_path / "base", output=tmp_path / "out", to="onnx")
+
+
 def test_generation_through_onnxruntime_genai(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     base = tiny_llama(tied=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converters.rotary import frequencies, rotary_settings
+from converters.rotary import frequencies, is_positive, rotary_settings
 from edgeport.encoders import ENCODERS
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, HEAD
@@ -25,6 +25,9 @@ ATTENTION = (*QUERY_KEY_VALUE, "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 FINAL_NORM = "model.norm"
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -133,12 +136,13 @@ class Family:
         try:
             hidden, heads, layers = (given[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
             head_dim, positions = given.get("head_dim", hidden // heads), given["max_position_embeddings"]
+            check_sizes(given, head_dim, given.get("num_key_value_heads", heads))
             angles, rotary_scale = frequencies(rotary_settings(given), head_dim, positions)
             self.refuse(given, layers)
             gemma = self.sandwich
             return Decoder(
                 hidden, given["intermediate_size"], layers, heads, given.get("num_key_value_heads", heads), head_dim,
-                given["vocab_size"], positions, given["rms_norm_eps"], angles, rotary_scale,
+                given["vocab_size"], positions, float(given["rms_norm_eps"]), angles, rotary_scale,
                 scale=float(given.get("query_pre_attn_scalar", head_dim)) ** -0.5,
                 windows=tuple(self.window(given, layer) for layer in range(layers)),
                 softcap=float(given.get("attn_logit_softcapping", 0)) if gemma else 0.0,
@@ -181,6 +185,17 @@ class Family:
             raise UnsupportedArchitecture(f"the ONNX graph of {self.name} does not compute: {', '.join(refused)}")
 
 
+def check_sizes(config: Config, head_dim: Any, kv_heads: Any) -> None:
+    """Raises KeyError, ConvertError for what would give a graph that no runtime loads."""
+    sizes = {name: config[name] for name in SIZES} | {"head_dim": head_dim, "num_key_value_heads": kv_heads}
+    wrong = [f"{name} {value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
+    wrong += [] if is_positive(config["rms_norm_eps"]) else [f"rms_norm_eps {config['rms_norm_eps']!r}"]
+    if not wrong and (head_dim % 2 or config["num_attention_heads"] % kv_heads):
+        wrong = [f"heads of {head_dim} numbers, {config['num_attention_heads']} of queries and {kv_heads} of keys"]
+    if wrong:
+        raise ConvertError(f"config.json has {', '.join(wrong)}, of which no graph can be made")
+
+
 def _beyond_max_window_layers(config: Config, layer: int) -> bool:
     return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
 
@@ -205,7 +220,8 @@ FAMILIES = (
 
 def family(config: Config) -> Family:
     """The family of a config.json. Raises UnsupportedArchitecture."""
-    classes = config.get("architectures") or ()
+    told = config.get("architectures")
+    classes = told if isinstance(told, list) else ()
     for entry in FAMILIES:
         if entry.architecture in classes or (not classes and config.get("model_type") == entry.name):
             return entry
