@@ -257,6 +257,25 @@ def test_a_damaged_gguf_adapter_is_named(tiny_llama: TinyLlama, tmp_path: Path) 
         open_patch(tmp_path / "c.lora.gguf")
 
 
+def test_an_adapter_that_waits_for_certain_tokens_is_not_merged(tmp_path: Path) -> None:
+    """llama.cpp adds an aLoRA behind its invocation tokens alone (`server_tokens`, `common_adapter_lora_info`)."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "alora.gguf", "llama")
+    writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 4.0)
+    writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [5, 6])
+    for side, shape in (("a", (2, 64)), ("b", (64, 2))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{side}", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedPatch, match="only behind certain tokens"):
+        open_patch(tmp_path / "alora.gguf")
+
+
 def rounded(base: Path, tmp_path: Path, quant: str = "Q4_0") -> Path:
     return edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant=quant).output
 

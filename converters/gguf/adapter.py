@@ -24,6 +24,7 @@ from edgeport.seams import Factors, FileLayout, LowRankPair
 from edgeport.tensor import EMBEDDING, Arrangement, Weight
 
 KIND = "adapter"
+INVOCATION = "adapter.alora.invocation_tokens"
 DOWN, UP = ".lora_a", ".lora_b"
 STEM = ".lora.gguf"
 
@@ -98,11 +99,15 @@ class StoredAdapter:
 
 
 def open_adapter(path: Path) -> StoredAdapter:
-    """Raises UnsupportedPatch for what is no LoRA in floating point."""
+    """Raises UnsupportedPatch for what is no LoRA in floating point, or works on a part of the text alone."""
     head = read_header(path)
     kind = head.value("adapter.type")
     if not says_adapter(head) or kind != "lora":
         raise UnsupportedPatch(f"{path.name} is an adapter of type {kind!r}, and edgeport reads 'lora'")
+    if INVOCATION in head.kv:
+        raise UnsupportedPatch(
+            f"{path.name} takes effect only behind certain tokens (aLoRA), which no merged model can do; load it beside the model"
+        )
     alpha = head.value("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, (int, float)):
         raise CorruptCheckpoint(f"{path.name} has the adapter.lora.alpha {alpha!r} where a number was expected")
