@@ -78,16 +78,23 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
         raise NotACheckpoint(
             f"{path / MODEL} was not written by edgeport, which reads ONNX of its own alone; give the model that it was made of"
         )
+    try:
+        told = json.loads(about)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise CorruptCheckpoint(f"{path / MODEL} is damaged: what it says of itself is not as edgeport writes it; export it anew")
     places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer}
-    if TRACED in json.loads(about):
-        return open_traced(path, config, model, json.loads(about))
+    if TRACED in told:
+        return open_traced(path, config, model, told)
     decoder = family(config).decoder(config)
     names = [name for name in decoder.names() if name != HEAD or HEAD in places or not decoder.tied]
     try:
         settings = read_settings(about)
         weights = {name: placed(blank(name, decoder.shape(name)), decoder, settings) for name in names}
         offsets: dict[str, int] = {}
-        for view, (_, _, parts) in described(decoder, settings, weights).views.items():
+        views = described(decoder, settings, weights).views
+        for view, (_, _, parts) in views.items():
             begin = int(places[view]["offset"])
             for part in parts:
                 offsets[part.spec.name] = begin
@@ -96,6 +103,10 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
         raise CorruptCheckpoint(
             f"{path / MODEL} is not as this version of edgeport writes it ({type(error).__name__}: {error}); export it anew"
         ) from error
+    if left := sorted(name for name, place in places.items() if place and name not in views):
+        raise CorruptCheckpoint(
+            f"{path / MODEL} computes with {left[0]}{' ...' if len(left) > 1 else ''}, which config.json has no place for"
+        )
     return OnnxSource(path, config, settings, weights, offsets)
 
 
