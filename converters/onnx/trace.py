@@ -58,15 +58,15 @@ def trace(found: Encoder, names: list[str]) -> tuple[bytes, str, list[str]]:
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         unfilled(part)
         given = {name: mode.from_tensor(values) for name, values in example.items()}
-        made = part(**given)
-        outputs = [name for name, value in made.items() if isinstance(value, torch.Tensor)]
         try:
             exported = torch.export.export(part, (), kwargs=given, dynamic_shapes=dynamic, strict=False)
+            # a run of our own would tell them too, and leave tensors without memory in caches that transformers keeps
+            outputs = list(exported.call_spec.out_spec.context)
             program: Any = torch.onnx.export(
                 exported, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, output_names=outputs
             )
-        except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+        except Exception as error:  # transformers' code and torch's exporter have no common kind
+            reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             raise UnsupportedArchitecture(f"torch cannot trace {found.architecture}: {reason}") from error
     initializers = program.model.graph.initializers
     for name in aliases.keys() & initializers.keys():
