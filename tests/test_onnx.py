@@ -26,7 +26,7 @@ import edgeport
 from bench.bad_input import run
 from converters.onnx.installed import unknown
 from converters.rotary import frequencies, rotary_settings
-from edgeport.errors import ConvertError, EdgeportError, NotACheckpoint, UnknownName
+from edgeport.errors import ConvertError, CorruptCheckpoint, EdgeportError, NotACheckpoint, UnknownName
 from edgeport.runtime import Runner
 from tests.conftest import saved_once
 
@@ -357,6 +357,20 @@ def test_an_output_is_read_back(tied: bool, portable: bool, tiny_llama: TinyLlam
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     edgeport.export(model=tmp_path / "onnx", output=tmp_path / "int4", to="onnx", quant="int4", portable=portable)
     assert edgeport.inspect(tmp_path / "int4")["codecs"] == ["nbits", "plain"]
+
+
+def test_a_folder_that_contradicts_itself_is_not_read(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    output = edgeport.export(model=tiny_llama(), output=tmp_path / "out", to="onnx", quant="int8").output
+    config, model = (output / "config.json").read_text(), onnx.load(output / "model.onnx", load_external_data=False)
+    (output / "config.json").write_text(json.dumps(json.loads(config) | {"num_hidden_layers": 1}))
+    with pytest.raises(CorruptCheckpoint, match=r"computes with model\.layers\.1\..* config\.json has no place for"):
+        edgeport.inspect(output)
+    (output / "config.json").write_text(config)
+    for lie in ("[]", "no JSON"):
+        model.metadata_props[0].value = lie
+        (output / "model.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(CorruptCheckpoint, match="what it says of itself"):
+            edgeport.inspect(output)
 
 
 def test_verify_compares_what_the_graph_computes(tiny_llama: TinyLlama, tmp_path: Path) -> None:
