@@ -9,7 +9,7 @@ an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, 
 
 Each patch is `TASK=FOLDER`, a packaged task and an adapter; --norms scales it so that |change| / |weight| is that on
 average over its weights. Rows are made by --jobs processes, and written to -o as they come; a file that is there is
-gone on with, and `--table FILE ...` prints what files of several runs hold together.
+gone on with, and `--table FILE ...` prints what files of several runs hold together, with --summary in a line a base.
 
 Columns: accuracy on held-out questions, and lost and won ones beside the exact port, which has the same questions, so
 that the share of the gain that is recovered has a narrow interval; the same share of the right option's log-probability;
@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import edgeport
 from edgeport.demo import ADAPTERS, packaged_model
@@ -178,13 +178,37 @@ HEAD = ["base", "task", "norm", "way", "seed", "accuracy", "beside exact", "gain
         "perplexity", "kept", "subspace", "noise", "s/M", "size"]  # fmt: skip
 
 
+SUMMED = ("base", "exact", "nearest", "patch-aware", "16-bit first")
+SUMMARY_HEAD = ["base", "task", *SUMMED, "log-gain kept (95 %)", "KL", "of 16-bit first", "perplexity"]
+
+
+def summary(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]]:
+    """Of each base and patch as it is: accuracies, and of patch-aware what it keeps, its KL, and perplexity beside exact's."""
+    lines = []
+    for format, task in sorted({(key[0], key[1]) for key in rows}, key=lambda pair: (pair[1] != "triage", *order_of(*pair))):
+        found = {way: rows.get((format, task, REAL, way, 0)) for way in SUMMED}
+        if None in found.values():
+            continue
+        ours, exact, first = (cast("Mapping[str, Any]", found[way]) for way in ("patch-aware", "exact", "16-bit first"))
+        shares = [f"{row['correct'] / row['total']:.1%}" for row in found.values() if row]
+        drift = ours["perplexity"]["manual"] / exact["perplexity"]["manual"] - 1
+        kept = f"{ours['log_gain']:.1%} +- {Z_95 * ours['log_gain_error']:.1%}"
+        divergences = [f"{row['kl']['manual']:.4f}" for row in (ours, first)]
+        lines.append([format, task, *shares, kept, *divergences, f"{drift:+.1%}"])
+    return lines
+
+
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["format"], row["task"], row["norm"], row["way"], row["seed"]
 
 
+def order_of(format: str, task: str) -> tuple[Any, ...]:
+    return (*GGUF, *FOLDERS).index(format), task
+
+
 def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     format, task, norm, way, seed = key(row)
-    return (*GGUF, *FOLDERS).index(format), task, norm != REAL, norm, WAYS.index(way), seed
+    return *order_of(format, task), norm != REAL, norm, WAYS.index(way), seed
 
 
 def gathered(files: Sequence[Path]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -245,6 +269,7 @@ def main() -> None:
     parser.add_argument("--device", type=choose, default=choose("auto"), help="of the models that are asked; ports use the CPU")
     parser.add_argument("-o", "--output", type=Path, help="the figures as JSON")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print what these files hold")
+    parser.add_argument("--summary", action="store_true", help="a line for each base and patch")
     arguments = parser.parse_args()
     if not arguments.table:
         if not arguments.output:
@@ -258,7 +283,10 @@ def main() -> None:
                 edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=base, to="hf", quant="bf16")
             run(jobs_of(arguments, base, Path(scratch)), arguments.jobs, arguments.output)
     rows = gathered(arguments.table or [arguments.output])
-    print("\n" + table(HEAD, [cells(row) for row in sorted(rows.values(), key=order)]))
+    if arguments.summary:
+        print(table(SUMMARY_HEAD, summary(rows)))
+    else:
+        print(table(HEAD, [cells(row) for row in sorted(rows.values(), key=order)]))
 
 
 if __name__ == "__main__":
