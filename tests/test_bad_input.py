@@ -56,7 +56,7 @@ def test_bad_input_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
 
 
 SLOWED = """
-import sys, time
+import signal, sys, time
 from edgeport import run
 from edgeport.cli import main
 edit = run.edit
@@ -65,6 +65,7 @@ def slow(*arguments):
     time.sleep(60)
     return edit(*arguments)
 run.edit = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 main()
 """
 

@@ -290,7 +290,7 @@ def test_probe_text_in_the_model_s_tokens(llama: tuple[Folder, Any]) -> None:
     tokens = probe.probe_tokens(source)
     assert tokens.shape == (1, 256) and tokens.dtype == torch.int64
     assert tokens[0, 0] == 1 and tokens.max() == 2  # neither cut nor padded as tokenizer.json would have it
-    assert 1000 < probe.probe_tokens(source, 10_000).shape[1] < 3000
+    assert 3000 < probe.probe_tokens(source, 10_000).shape[1] < 6000
     (source.path / "tokenizer.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.json of llama"):
         probe.probe_tokens(source)
