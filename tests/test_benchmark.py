@@ -385,7 +385,7 @@ def test_ones_own_model_patch_and_questions(own: list[str | Path], tmp_path: Pat
 
 @pytest.mark.slow
 def test_all_rows_and_a_folder(own: list[str | Path], tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    old, refit = tiny_llama("old", vocab=300, dtype="bfloat16", seed=1), patch(tmp_path / "refit", 2)
+    old, refit = tiny_llama("old", vocab=300, dtype="bfloat16"), patch(tmp_path / "refit", 2)
     done = run(*own, "--quant", "hf:bf16", "--old-base", old, "--refit", refit)
     assert done.exit_code == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
