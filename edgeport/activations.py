@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from edgeport.forward import stream
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import WINDOW, Job, read_text
 from edgeport.seams import Source
+from edgeport.staging import write_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,10 +46,7 @@ class Recorder:
         if weight not in self.places:
             self.places[weight] = self.end
             self.end += self.windows * len(data)
-        at = self.places[weight] + self.window * len(data)
-        while data:
-            written = os.pwrite(self.handle, data, at)
-            data, at = data[written:], at + written
+        write_at(self.handle, data, self.places[weight] + self.window * len(data))
 
 
 def collect(job: Job, weights: Sequence[str], handle: int, watch: Watch) -> dict[str, tuple[int, int]]:
@@ -69,8 +66,9 @@ def collect(job: Job, weights: Sequence[str], handle: int, watch: Watch) -> dict
         if type(module) is torch.nn.Linear:
             module.register_forward_pre_hook(partial(noted, recorder, weight))
     # one window after the other, so that activations take no more memory the longer the text is
-    for recorder.window in range(len(tokens)):
-        hidden = streamed.hidden(tokens[recorder.window, None])
+    for number, window in enumerate(tokens):
+        recorder.window = number
+        hidden = streamed.hidden(window[None])
         if streamed.head.name in weights:
             recorder.note(streamed.head.name, hidden)
     return {weight: (place, tokens.numel()) for weight, place in recorder.places.items()}

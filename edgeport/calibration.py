@@ -11,6 +11,7 @@ from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import ask, here
+from edgeport.checkpoint import fill
 from edgeport.errors import VerificationFailed
 from edgeport.probing import WINDOW, Job, hindered, predicted_bytes
 from edgeport.registry import roundings
@@ -73,7 +74,7 @@ class Activations:
         offset, tokens = place
         directions = [torch.linalg.qr(edit.factors()[1].T).Q.T for edit in step.edits if isinstance(edit, LowRankEdit)]
         rows = torch.empty(tokens + sum(map(len, directions)), step.target.columns, dtype=torch.bfloat16)
-        read_whole(self.handle, rows[:tokens].view(torch.uint8).numpy().reshape(-1).data, offset)
+        fill(rows[:tokens].view(torch.uint8).numpy().reshape(-1).data, self.handle, offset, "the layers' inputs")
         square = mean_square(rows[:tokens])
         # a text that is not about the patch's task says little of what the patch reads, and errors there are what the
         # patch would feel first
@@ -114,15 +115,6 @@ class Activations:
     def __exit__(self, *_: object) -> None:
         if self.handle is not None:
             os.close(self.handle)
-
-
-def read_whole(handle: int, into: memoryview, offset: int) -> None:
-    """Fill a buffer from a file that holds as much."""
-    while into:
-        count = os.preadv(handle, [into], offset)
-        if not count:
-            raise EOFError("the file of the layers' inputs has become shorter")
-        into, offset = into[count:], offset + count
 
 
 def mean_square(inputs: Tensor) -> float:

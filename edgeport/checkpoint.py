@@ -33,15 +33,19 @@ class Stored(TensorSpec):
 def read_range(path: Path, start: int, stop: int) -> bytearray:
     """Bytes `start` to `stop` of a file. Raises CorruptCheckpoint where the file ends before."""
     buffer = bytearray(stop - start)
-    view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], start + done)
-            if count == 0:
-                raise CorruptCheckpoint(f"{path.name} ends at byte {start + done}; bytes up to {stop} were expected")
-            done += count
+        fill(memoryview(buffer), file.fileno(), start, path.name)
     return buffer
+
+
+def fill(view: memoryview, handle: int, start: int, name: str) -> None:
+    """Read a buffer full of an open file from byte `start` on. Raises CorruptCheckpoint where it ends before."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done : done + (1 << 30)]], start + done)
+        if count == 0:
+            raise CorruptCheckpoint(f"{name} ends at byte {start + done}; bytes up to {start + len(view)} were expected")
+        done += count
 
 
 def read_lines(path: Path, start: int, width: int, lines: int, pitch: int) -> bytearray:

@@ -56,7 +56,7 @@ class Staging:
             raise PlanViolation(f"{tensor} got more bytes than planned")
         handle, width, begin = self.files[layout.name], len(view) // lines, layout.ranges[tensor] + offset
         for line in range(lines):
-            _write(handle, view[line * width : (line + 1) * width], begin + line * pitch)
+            write_at(handle, view[line * width : (line + 1) * width], begin + line * pitch)
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
         """Bytes `start` to `stop` of a stored tensor that has been written."""
@@ -191,7 +191,8 @@ def commit(place: Path, output: Path, folder: bool) -> None:
     _sync(output.parent)
 
 
-def _write(handle: int, view: memoryview, offset: int) -> None:
+def write_at(handle: int, view: memoryview, offset: int) -> None:
+    """Write all of it, in as many calls as the system takes."""
     done = 0
     while done < len(view):
         done += os.pwrite(handle, view[done:], offset + done)

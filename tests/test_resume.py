@@ -38,14 +38,14 @@ def countdown(left, original):
         return original(*arguments)
     return wrapped
 
-write, commit, seal = staging._write, staging.commit, edgeport.run.write_manifest
+write, commit, seal = staging.write_at, staging.commit, edgeport.run.write_manifest
 
 def child(job, kill):
     if kill:
         where, count = kill
         left = [count]
         if where == "write":
-            staging._write = countdown(left, write)
+            staging.write_at = countdown(left, write)
         elif where == "commit":
             staging.commit = countdown(left, commit)
         elif where == "manifest":
