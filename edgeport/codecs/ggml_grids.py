@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from edgeport.grid import Grid
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -66,24 +67,15 @@ class Layout:
 
     planes: tuple[Plane, ...]
     levels: Sequence[int]
-    scales: Scales | None = None
     flip: int = 0
     fold: int = 0
     """Mask of the magnitude below a sign bit; negative magnitudes ascend backwards."""
     halves: tuple[int, ...] = ()
     """Where the float16 step of a block is, and then its offset, in types whose blocks have no other scales."""
     own: tuple[Callable[[Tensor], tuple[Own, ...]], Callable[..., None]] | None = None
-    """In place of `scales`: from blocks, steps and then offsets as codes; and codes into blocks (uint8 [blocks, bytes])."""
-
-
-def _d(at: int) -> Scales:
-    """One float16 for the block."""
-    return lambda blocks: (_half(blocks, at), None)
-
-
-def _d_m(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-    """d, m: float16 each. value = d * code + m"""
-    return _half(blocks, 0), _half(blocks, 2)
+    """In types whose groups have codes for them: from blocks, steps and then offsets; and codes into blocks."""
+    scales: Scales | None = None
+    """In the others."""
 
 
 def _q2_k(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -153,19 +145,19 @@ E2M1 = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
 # Without a grid: the ternary TQ1_0 and TQ2_0, whose bytes can spell what is no ternary number
 LAYOUTS = {
     # bytes:  d 0-1 | codes 2-17
-    "Q4_0": Layout((Plane(2, 16, 16, 4),), range(-8, 8), _d(0), halves=(0,)),
+    "Q4_0": Layout((Plane(2, 16, 16, 4),), range(-8, 8), halves=(0,)),
     # d 0-1 | m 2-3 | codes 4-19
-    "Q4_1": Layout((Plane(4, 16, 16, 4),), range(16), _d_m, halves=(0, 2)),
+    "Q4_1": Layout((Plane(4, 16, 16, 4),), range(16), halves=(0, 2)),
     # d 0-1 | bit 4 of the codes in order 2-5 | bits 3-0 6-21
-    "Q5_0": Layout((Plane(6, 16, 16, 4), Plane(2, 4, 1, 1, at=4)), range(-16, 16), _d(0), halves=(0,)),
+    "Q5_0": Layout((Plane(6, 16, 16, 4), Plane(2, 4, 1, 1, at=4)), range(-16, 16), halves=(0,)),
     # d 0-1 | m 2-3 | bit 4 of the codes in order 4-7 | bits 3-0 8-23
-    "Q5_1": Layout((Plane(8, 16, 16, 4), Plane(4, 4, 1, 1, at=4)), range(32), _d_m, halves=(0, 2)),
+    "Q5_1": Layout((Plane(8, 16, 16, 4), Plane(4, 4, 1, 1, at=4)), range(32), halves=(0, 2)),
     # d 0-1 | int8 2-33
-    "Q8_0": Layout((Plane(2, 32, 32, 8),), range(-128, 128), _d(0), flip=128, halves=(0,)),
+    "Q8_0": Layout((Plane(2, 32, 32, 8),), range(-128, 128), flip=128, halves=(0,)),
     # scales 0-15 | codes 16-79 | d, dmin 80-83
-    "Q2_K": Layout((Plane(16, 64, 32, 2),), range(4), _q2_k),
+    "Q2_K": Layout((Plane(16, 64, 32, 2),), range(4), scales=_q2_k),
     # bit 2 of the codes 0-31 | bits 1-0 32-95 | scales 96-107 | d 108-109
-    "Q3_K": Layout((Plane(32, 64, 32, 2), Plane(0, 32, 32, 1, at=2)), range(-4, 4), _q3_k),
+    "Q3_K": Layout((Plane(32, 64, 32, 2), Plane(0, 32, 32, 1, at=2)), range(-4, 4), scales=_q3_k),
     # d, dmin 0-3 | scales 4-15 | codes 16-143
     "Q4_K": Layout((Plane(16, 128, 32, 4),), range(16), own=(_q4_k, _to_q4_k)),
     # d, dmin 0-3 | scales 4-15 | bit 4 of the codes 16-47 | bits 3-0 48-175
@@ -173,11 +165,11 @@ LAYOUTS = {
     # bits 3-0 of the codes 0-127 | bits 5-4 128-191 | scales 192-207 | d 208-209
     "Q6_K": Layout((Plane(0, 128, 64, 4), Plane(128, 64, 32, 2, at=4)), range(-32, 32), own=(_q6_k, _to_q6_k)),
     # d 0-1 | codes 2-17
-    "IQ4_NL": Layout((Plane(2, 16, 16, 4),), IQ4, _d(0), halves=(0,)),
+    "IQ4_NL": Layout((Plane(2, 16, 16, 4),), IQ4, halves=(0,)),
     # d 0-1 | scales 2-7 | codes 8-135
-    "IQ4_XS": Layout((Plane(8, 128, 16, 4),), IQ4, _iq4_xs),
+    "IQ4_XS": Layout((Plane(8, 128, 16, 4),), IQ4, scales=_iq4_xs),
     # e 0 | codes 1-16
-    "MXFP4": Layout((Plane(1, 16, 16, 4),), E2M1, _e8m0, flip=8, fold=7),
+    "MXFP4": Layout((Plane(1, 16, 16, 4),), E2M1, scales=_e8m0, flip=8, fold=7),
 }
 
 
@@ -191,21 +183,25 @@ def unpack(layout: Layout, blocks: Tensor, columns: int) -> Grid:
     if layout.flip:
         codes.bitwise_xor_(layout.flip)
     rows = codes.numel() // columns
-    how: list[Grid | torch.dtype | None]
+    found = _scales(layout, blocks, rows)
+    if len(found) == 1:
+        found.append((torch.full_like(found[0][0], -0.0), None))
+    (step, scales), (offset, shifts) = found
+    levels = torch.tensor(layout.levels, dtype=torch.float32, device=blocks.device)
+    return Grid(levels, step, offset, codes.view(rows, columns), isinstance(layout.levels, range), scales, shifts)
+
+
+def _scales(layout: Layout, blocks: Tensor, rows: int) -> list[tuple[Tensor, Grid | torch.dtype | None]]:
+    """Steps, and then offsets where there are any: float32 [rows, groups], and how each is stored if it is by itself."""
+    import torch
+
     if layout.own:
-        how = [_own_grid(found, rows) for found in layout.own[0](blocks)]
-        step, offset = how[0].values(), how[1].values() if how[1:] else None  # type: ignore[union-attr]
-    else:
-        assert layout.scales
-        how = [torch.float16 for _ in layout.halves]
-        step, offset = layout.scales(blocks)
-    scales, shifts = [*how, None, None][:2]
-    return Grid(
-        torch.tensor(layout.levels, dtype=torch.float32, device=blocks.device),
-        step.reshape(rows, -1),
-        torch.full_like(step, -0.0).reshape(rows, -1) if offset is None else offset.reshape(rows, -1),
-        codes.view(rows, columns), isinstance(layout.levels, range), scales, shifts,
-    )  # fmt: skip
+        grids = [_own_grid(found, rows) for found in layout.own[0](blocks)]
+        return [(grid.values(), grid) for grid in grids]
+    if layout.halves:
+        return [(_half(blocks, at).view(rows, -1), torch.float16) for at in layout.halves]
+    assert layout.scales
+    return [(values.reshape(rows, -1), None) for values in layout.scales(blocks) if values is not None]
 
 
 def _own_grid(found: Own, rows: int) -> Grid:

@@ -111,9 +111,8 @@ class NBits:
         levels = torch.arange(1 << how.bits, dtype=torch.float32, device=step.device)
         if how.symmetric:
             levels, offset = levels - how.middle, torch.full_like(step, -0.0)
-            return Grid(levels, step, offset, codes, uniform=True, scales=torch_type(how.scale))
-        zeros = _unpacked(parts["zeros"], how.bits).view(len(step), -1)[:, :per_row]
-        offset = zeros.float().mul_(step).neg_()
+        else:
+            offset = _unpacked(parts["zeros"], how.bits).view(len(step), -1)[:, :per_row].float().mul_(step).neg_()
         return Grid(levels, step, offset, codes, uniform=True, scales=torch_type(how.scale))
 
     def with_codes(self, weight: Weight, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
