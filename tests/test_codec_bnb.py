@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import edgeport
 from converters import hf
 from edgeport import steps
-from edgeport.codecs import bnb4, int8
+from edgeport.codecs import bnb4, dynamic8, int8
 from edgeport.errors import AmbiguousFormat, CorruptCheckpoint, NonFiniteResult, PatchLost, UnknownName, UnsupportedArchitecture
 from edgeport.locate import open_model
 from edgeport.seams import Codec
@@ -100,7 +100,7 @@ def test_tables_are_those_of_bitsandbytes() -> None:
         assert torch.equal(torch.tensor(levels), bnb.functional.get_4bit_type(quant_type, device="cpu"))
         bounds, order = ops._get_4bit_quantize_bounds(quant_type, torch.device("cpu"))
         assert bnb4._bounds(quant_type) == tuple(bounds.tolist()) and bnb4.ASCENDING[quant_type] == tuple(order.tolist())
-    assert torch.equal(bnb4.dynamic_map(), bnb.functional.create_dynamic_map())
+    assert torch.equal(dynamic8.dynamic_map(), bnb.functional.create_dynamic_map())
 
 
 def near(role: str, found: torch.Tensor, other: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from functools import cache
 from math import fsum, gcd, prod
 from typing import TYPE_CHECKING, Any, cast
 
+from edgeport.codecs import dynamic8
 from edgeport.codecs.plain import TYPES, torch_type
 from edgeport.errors import AmbiguousFormat, CorruptCheckpoint, NonFiniteResult, UnknownName, about
 from edgeport.grid import LARGEST_PIECE, SMALLEST_PIECE, Grid
@@ -195,11 +196,11 @@ class Bnb4:
         stored = torch.empty(len(exact), dtype=torch.uint8)
         nested = torch.empty(-(-len(exact) // state.nested_blocksize), dtype=torch.float32)
         for some in _pieces(len(exact), state.nested_blocksize):
-            largest, stored[some] = _dynamic8(exact[some] - state.nested_offset, state.nested_blocksize)
+            largest, stored[some] = dynamic8.quantize(exact[some] - state.nested_offset, state.nested_blocksize)
             nested[some.start // state.nested_blocksize :][: len(largest)] = largest
         return {
             "absmax": stored, "nested_absmax": nested.view(torch.uint8), "quant_map": _quant_map(state),
-            "nested_quant_map": dynamic_map().view(torch.uint8), "state": _bytes(state.packed(weight.shape, room)),
+            "nested_quant_map": dynamic8.dynamic_map().view(torch.uint8), "state": _bytes(state.packed(weight.shape, room)),
         }  # fmt: skip
 
     def grid(self, weight: Weight, parts: Mapping[str, Tensor]) -> Grid:
@@ -395,44 +396,3 @@ def _roundings(state: State, mean: float) -> Iterator[State]:
     for digits in range(9, 0, -1):
         yield replace(state, nested_offset=float(f"{mean:.{digits}g}"))
     yield replace(state, nested_offset=0.0)
-
-
-@cache
-def dynamic_map() -> Tensor:
-    """float32 [256]: the signed numbers of an 8-bit float whose exponent takes as many bits as it needs, ascending.
-
-    Source: bitsandbytes `functional.create_dynamic_map` (https://arxiv.org/abs/1511.04561).
-    """
-    import torch
-
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        positive = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-        values += positive + [-value for value in positive]
-    return torch.tensor(sorted(values), dtype=torch.float32)
-
-
-@cache
-def _dynamic_table() -> Tensor:
-    """uint8 [65536]: the code nearest to each of so many even steps from -1 to 1, as bitsandbytes looks it up on a CPU."""
-    import torch
-
-    levels = dynamic_map()
-    steps = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535
-    return torch.bucketize(steps, 0.5 * (levels[:-1] + levels[1:])).to(torch.uint8)
-
-
-def _dynamic8(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """float32 [values] to each block's absmax, and codes of the dynamic map. Source: csrc/cpu_ops.cpp `quantize_cpu_impl`."""
-    import torch
-
-    padded = torch.nn.functional.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)
-    absmax = padded.abs().amax(dim=1)
-    scaled = (padded * (1.0 / absmax)[:, None]).nan_to_num_(0.0).clamp_(-1, 1)
-    codes = _dynamic_table().index_select(0, ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32).view(-1))
-    # a block of zeros has code 0, whatever it stands for: its scale is 0
-    codes = codes.view(-1, blocksize) * (absmax > 0)[:, None]
-    return absmax, codes.view(-1)[: values.numel()]
-
-
