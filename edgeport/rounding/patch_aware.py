@@ -7,11 +7,10 @@ and gives each value the one of its two errors that leaves less, for its row of 
 
 x being what the layer is given on a text that need not be about the patch, and the directions that the patch reads. The
 damping, a share of the inputs' mean square, holds what so few tokens say nothing of. Random choices to begin with, since
-the least errors are those that undo the patch: started from none, the descent leaves a fifth of it out of every layer.
+they are unbiased: a descent from no error ends in errors that undo a part of the patch wherever the text says little.
 
 Where a format keeps a scale (and a minimum) for each group of columns, every sweep also gives it the value that leaves
-least of the same, as far as its type can say it: the two numbers of 32 columns take up most of what the codes leave on
-the few directions that inputs mostly have.
+least of the same, as far as its type can say it.
 
 The objective is that of Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020, arXiv
 2004.10568), and of Frantar et al., GPTQ (ICLR 2023, arXiv 2210.17323), whose lazy batches of columns are used; descent
