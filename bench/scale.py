@@ -125,7 +125,7 @@ def measure(folder: Path) -> dict[str, float]:
         """A mock would keep what it is given."""
 
     with (
-        mock.patch.object(staging, "_write", discard),
+        mock.patch.object(staging, "write_at", discard),
         mock.patch.object(run, "hashes", return_value={}),
         mock.patch.object(manifest, "hashes", return_value={}),
         mock.patch.object(journal, "digests", return_value={}),
