@@ -1,6 +1,7 @@
 """Work in a process of its own, for what takes more memory to import than a whole port does.
 
-Both ends: a job goes in as one JSON object, lines of progress come out, and the last line is a JSON object, the answer.
+Both ends: a job goes in as a JSON object on one line, and lines of progress and answers, a JSON object each, come out.
+After each answer the process waits for a line before it goes on.
 """
 
 from __future__ import annotations
@@ -8,21 +9,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from edgeport.errors import CorruptCheckpoint, EdgeportError, MissingExtra, NonFiniteResult
 
+GO_ON = "go on"
 Watch = Callable[[str], None]
 """Called with a line of progress."""
 Work = Callable[[dict[str, Any], Watch], Mapping[str, Any]]
+Course = Callable[[dict[str, Any], Watch], Iterator[Mapping[str, Any]]]
+"""Work with several answers."""
 
 
-def ask(module: str, job: Mapping[str, Any], watch: Watch, handles: Sequence[int] = ()) -> dict[str, Any] | str:
-    """The answer of `python -m module`, which inherits the open files `handles`; or why it could not do the job.
+def ask(module: str, job: Mapping[str, Any], watch: Watch) -> dict[str, Any] | str:
+    """The last answer of `python -m module`, or why it could not do the job. Raises what `converse` does."""
+    return list(converse(module, job, watch))[-1]
 
-    Raises NonFiniteResult, CorruptCheckpoint where it found a damaged model.
+
+def converse(
+    module: str, job: Mapping[str, Any], watch: Watch, handles: Sequence[int] = ()
+) -> Generator[dict[str, Any] | str]:
+    """The answers of `python -m module`, which inherits the open files `handles`; the last may be why it could not go on.
+
+    After each answer it waits until the next is asked for. Raises NonFiniteResult, CorruptCheckpoint where it found a
+    damaged model.
     """
     with (
         TemporaryFile("w+") as complaints,
@@ -32,43 +45,79 @@ def ask(module: str, job: Mapping[str, Any], watch: Watch, handles: Sequence[int
         ) as child,
     ):  # fmt: skip
         assert child.stdin and child.stdout
-        child.stdin.write(json.dumps(job))
-        child.stdin.close()
-        last = ""
-        for last in child.stdout:
-            if not last.startswith("{"):
-                watch(last.strip())
-        child.wait()
+        try:
+            tell(child.stdin, json.dumps(job))
+            for line in child.stdout:
+                if not line.startswith("{"):
+                    watch(line.strip())
+                    continue
+                answer = dict(json.loads(line))
+                if "damaged" in answer:
+                    raise {"NonFiniteResult": NonFiniteResult}.get(answer["kind"], CorruptCheckpoint)(answer["damaged"])
+                yield str(answer["unable"]) if "unable" in answer else answer
+                tell(child.stdin, GO_ON)
+            child.wait()
+        finally:
+            child.kill()  # nobody hears it any more
+            with suppress(BrokenPipeError):
+                child.stdin.close()
         complaints.seek(0)
         complaint = complaints.read().strip().splitlines()
     if child.returncode:
-        return f"its process ended with {child.returncode}: {complaint[-1] if complaint else 'no message'}"
-    answer = dict(json.loads(last))
-    if "damaged" in answer:
-        raise {"NonFiniteResult": NonFiniteResult}.get(answer["kind"], CorruptCheckpoint)(answer["damaged"])
-    return str(answer["unable"]) if "unable" in answer else answer
+        yield f"its process ended with {child.returncode}: {complaint[-1] if complaint else 'no message'}"
+
+
+def tell(pipe: IO[str], line: str) -> None:
+    # one that has ended says why otherwise
+    with suppress(BrokenPipeError):
+        pipe.write(line + "\n")
+        pipe.flush()
 
 
 def serve(work: Work) -> None:
-    """The other end: do the job on stdin."""
+    """The other end of `ask`: do the job on stdin."""
+
+    def course(job: dict[str, Any], watch: Watch) -> Iterator[Mapping[str, Any]]:
+        yield work(job, watch)
+
+    attend(course)
+
+
+def attend(course: Course) -> None:
+    """The other end of `converse`."""
 
     def watch(text: str) -> None:
         print(text, flush=True)  # noqa: T201
 
+    def answer(found: Mapping[str, Any]) -> bool:
+        print(json.dumps(dict(found)), flush=True)  # noqa: T201
+        return bool(sys.stdin.readline())
+
     try:
-        answer = dict(work(json.load(sys.stdin), watch))
+        for found in course(json.loads(sys.stdin.readline()), watch):
+            if not answer(found):
+                return
     except (CorruptCheckpoint, NonFiniteResult) as error:
-        answer = {"damaged": str(error), "kind": type(error).__name__}
+        answer({"damaged": str(error), "kind": type(error).__name__})
     except (EdgeportError, MissingExtra) as error:
-        answer = {"unable": str(error)}
-    print(json.dumps(answer), flush=True)  # noqa: T201
+        answer({"unable": str(error)})
 
 
 def here(work: Callable[[], Any]) -> Any:
-    """The same in this process: what `work` returns, or why it could not be done."""
+    """`ask` in this process: what `work` returns, or why it could not be done."""
     try:
         return work()
     except (CorruptCheckpoint, NonFiniteResult):
         raise
     except (EdgeportError, MissingExtra) as error:
         return str(error)
+
+
+def within(answers: Iterator[dict[str, Any]]) -> Generator[dict[str, Any] | str]:
+    """`converse` in this process."""
+    try:
+        yield from answers
+    except (CorruptCheckpoint, NonFiniteResult):
+        raise
+    except (EdgeportError, MissingExtra) as error:
+        yield str(error)

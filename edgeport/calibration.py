@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import sqrt
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
-from edgeport.aside import ask, here
+from edgeport.aside import converse, within
 from edgeport.checkpoint import fill
 from edgeport.errors import VerificationFailed
-from edgeport.probing import WINDOW, Job, hindered, predicted_bytes
+from edgeport.memory import MIB
+from edgeport.probing import PROCESS_BYTES, Job, hindered, window_bytes, window_length
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
 from edgeport.seams import LowRankEdit, Source
@@ -22,14 +24,20 @@ from edgeport.steps import Limits, Rule, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgeport.activations import Place
     from edgeport.aside import Watch
     from edgeport.planning import Plan
+    from edgeport.staging import Written
 
 TOKENS = 3072
 COLUMNS = 64
-EMPHASIS = 4.0
+EMPHASIS = 6.0
 """Strength of a direction that a patch reads, relative to an average direction of the text."""
 BFLOAT16_BYTES = 2
+ACTIVATION_BYTES = 256 * MIB
+"""Of windows that go through the model at once, where memory is not bounded: each time all weights are decoded."""
+LITTLE = 48 * MIB
+"""Activations that a process in which transformers is loaded may take itself, so that a port's memory remains its own."""
 
 
 def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Rule, str | None]:
@@ -37,16 +45,33 @@ def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Ru
 
     Raises MissingExtra, BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
     """
-    hindrance = hindered(source, limits, predicted_bytes((), WINDOW, source.config), "running a text through the model")
+    need = PROCESS_BYTES + text_bytes(source.config, windows_at_once(source.config, limits))
+    hindrance = hindered(source, limits, need, "running a text through the model")
     if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
         raise hindrance
     return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, TOKENS, seed), str(hindrance) if hindrance else None
 
 
+def windows_at_once(config: Mapping[str, Any], limits: Limits) -> int:
+    """How many windows of the text go through the model together."""
+    length = window_length(config)
+    fitting = 1 if limits.ram is not None else ACTIVATION_BYTES // max(window_bytes(length, config), 1)
+    return max(min(fitting, TOKENS // length), 1)
+
+
+def text_bytes(config: Mapping[str, Any], windows: int) -> int:
+    """Activations at their highest: of the windows that run, and what the others hold while they wait in a layer."""
+    hidden = int(config.get("hidden_size") or 0)
+    wide = int(config.get("intermediate_size") or 4 * hidden)
+    return windows * window_bytes(window_length(config), config) + 4 * TOKENS * (3 * hidden + 2 * wide)
+
+
 def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:
     """Of the file without a name that holds the inputs of all layers whose rounding will, or may, ask for them."""
     chosen = [replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps]
-    return sum(BFLOAT16_BYTES * TOKENS * step.target.columns for step in chosen if sees_inputs(step))
+    sizes = [BFLOAT16_BYTES * TOKENS * step.target.columns for step in chosen if sees_inputs(step)]
+    # of all layers the exact port's, and of one the port's that is being made, and how they differ
+    return sum(sizes) + 2 * max(sizes, default=0)
 
 
 def sees_inputs(step: Step) -> bool:
@@ -55,64 +80,101 @@ def sees_inputs(step: Step) -> bool:
 
 
 class Activations:
-    """The layers' inputs, kept on disk as long as the context lasts."""
+    """The layers' inputs, on disk as long as the context lasts."""
 
     def __init__(self, plan: Plan, watch: Watch) -> None:
         self.plan, self.watch = plan, watch
         self.handle: int | None = None
-        self.places: dict[str, Any] = {}
+        self.answers: Generator[dict[str, Any] | str] | None = None
         self.unable: str | None = None
         """Why there are none, once that is known."""
 
-    def of(self, step: Step, device: str) -> Inputs | None:
-        """What the step's layer is given and its patch reads; None where nothing is known."""
+    def through(
+        self, steps: Sequence[Step], written: Written, done: Container[str], device: str
+    ) -> Iterator[tuple[Step, Inputs | None]]:
+        """Every step, in the order in which they are to be taken, with its layer's inputs if its rule wants to see them.
+
+        A step is to be carried out before the next is asked for, since the text goes on through what is `written`; those
+        `done` are so already. Raises VerificationFailed where the user insists on a calibrated rule, CorruptCheckpoint,
+        NonFiniteResult.
+        """
+        waiting = {step.target.name: step for step in steps if sees_inputs(step) and step.target.name not in done}
+        for step in steps:
+            if step.target.name not in waiting:
+                yield step, None
+        if waiting:
+            for weight, place in self.heard(steps, list(waiting), written):
+                step = waiting.pop(weight)
+                yield step, self.inputs(step, place, device)
+        for step in waiting.values():
+            yield step, None
+
+    def heard(self, steps: Sequence[Step], weights: Sequence[str], written: Written) -> Iterator[tuple[str, Place]]:
+        """Each of the weights that a text comes to, and where its layer's inputs are."""
+        from edgeport.activations import Course, Place, calibrate
+
+        plan = self.plan
+        self.handle, name = mkstemp(dir=plan.target.output.parent)
+        os.unlink(name)  # so that nothing is left of it whatever happens
+        config, limits = plan.source.config, plan.limits
+        stored = {step.target.name: step.target for step in steps if not step.copied}
+        course = Course(job_of(plan), weights, stored, written, self.handle, windows_at_once(config, limits))
+        little = text_bytes(config, course.windows) <= LITTLE
+        if "transformers" in sys.modules and limits.ram is None and little:
+            self.answers = within(calibrate(course, self.watch))
+        else:
+            self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
+        for answer in self.answers:
+            if isinstance(answer, str):
+                self.unable = answer
+                wanted = plan.method.rounding
+                if wanted != AUTO:
+                    raise VerificationFailed(
+                        f"--rounding {wanted} cannot see what the layers are given ({answer}); use --rounding {UNCALIBRATED}"
+                    )
+                return
+            yield answer["weight"], Place(*answer["place"])
+
+    def inputs(self, step: Step, place: Place, device: str) -> Inputs:
+        """What the step's layer is given, and its patch reads."""
         import torch
 
-        place = self.places.get(step.target.name)
-        if place is None or self.handle is None:
-            return None
-        offset, tokens = place
+        columns = step.target.columns
         directions = [torch.linalg.qr(edit.factors()[1].T).Q.T for edit in step.edits if isinstance(edit, LowRankEdit)]
-        rows = torch.empty(tokens + sum(map(len, directions)), step.target.columns, dtype=torch.bfloat16)
-        fill(rows[:tokens].view(torch.uint8).numpy().reshape(-1).data, self.handle, offset, "the layers' inputs")
-        square = mean_square(rows[:tokens])
+        rows = torch.empty(place.tokens + sum(map(len, directions)), columns, dtype=torch.bfloat16)
+        self.read(rows[: place.tokens], place.inputs)
+        square = mean_square(rows[: place.tokens])
         # a text that is not about the patch's task says little of what the patch reads, and errors there are what the
         # patch would feel first
         if directions:
-            rows[tokens:] = torch.cat(directions).mul_(EMPHASIS * sqrt(square * tokens))
-        return Inputs(rows.to(device), square)
+            rows[place.tokens :] = torch.cat(directions).mul_(EMPHASIS * sqrt(square * place.tokens))
+        return Inputs(rows.to(device), square, partial(self.drift, place, columns, device))
 
-    def collect(self, steps: Sequence[Step]) -> None:
-        """Run the text, if any of the settled steps asks for it.
+    def drift(self, place: Place, columns: int, device: str, some: slice) -> Tensor:
+        """bfloat16 [some columns, tokens]: the inputs in the port that is being made, less the exact port's."""
+        import torch
 
-        Raises VerificationFailed where the user insists on a calibrated rule, CorruptCheckpoint, NonFiniteResult.
-        """
-        plan = self.plan
-        weights = [step.target.name for step in steps if sees_inputs(step)]
-        if not weights:
-            return
-        self.handle, name = mkstemp(dir=plan.target.output.parent)
-        os.unlink(name)  # so that nothing is left of it whatever happens
-        job, handle = job_of(plan), self.handle
-        answer: Any
-        if "transformers" in sys.modules and plan.limits.ram is None:
-            from edgeport.activations import collect
+        found = torch.empty(some.stop - some.start, place.tokens, dtype=torch.bfloat16)
+        for group in torch.split(found, place.group, dim=1):
+            piece = torch.empty(group.shape, dtype=torch.bfloat16)
+            before = group.storage_offset()  # tokens of the groups before
+            self.read(piece, place.drift + BFLOAT16_BYTES * (before * columns + some.start * piece.shape[1]))
+            group.copy_(piece)
+        return found.to(device)
 
-            answer = here(lambda: {"places": collect(job, weights, handle, self.watch)})
-        else:
-            answer = ask("edgeport.activations", {**asdict(job), "weights": weights, "handle": handle}, self.watch, (handle,))
-        if isinstance(answer, str):
-            self.unable = answer
-            if plan.method.rounding != AUTO:
-                raise VerificationFailed(f"--rounding {plan.method.rounding} cannot see what the layers are given ({answer}); "
-                                         f"use --rounding {UNCALIBRATED}")  # fmt: skip
-        else:
-            self.places = answer["places"]
+    def read(self, matrix: Tensor, offset: int) -> None:
+        """Fill a matrix that lies in one piece."""
+        import torch
+
+        assert self.handle is not None
+        fill(matrix.view(torch.uint8).numpy().reshape(-1).data, self.handle, offset, "the layers' inputs")
 
     def __enter__(self) -> Activations:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.answers is not None:
+            self.answers.close()
         if self.handle is not None:
             os.close(self.handle)
 

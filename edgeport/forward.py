@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from edgeport.blocks import decode_rows, ranges
+from edgeport.blocks import Readable, decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
 from edgeport.memory import trim_heap
 from edgeport.seams import Executable, Scorer, Source
@@ -194,7 +194,8 @@ def bind(module: nn.Module, source: Source, weights: Mapping[str, Weight], *, ta
 
     if type(module) is nn.Linear:
         # an attribute of the instance goes before the class's method
-        vars(module)["forward"] = partial(multiply, source, weights["weight"], weights.get("bias"))
+        bias = (source, weights["bias"]) if "bias" in weights else None
+        vars(module)["forward"] = partial(multiply, source, weights["weight"], bias)
         return
     empty = {attribute: getattr(module, attribute) for attribute in weights}
 
@@ -220,14 +221,14 @@ def bind(module: nn.Module, source: Source, weights: Mapping[str, Weight], *, ta
     module.register_forward_hook(drop)
 
 
-def multiply(source: Source, weight: Weight, bias: Weight | None, inputs: Tensor) -> Tensor:
+def multiply(source: Readable, weight: Weight, bias: tuple[Source, Weight] | None, inputs: Tensor) -> Tensor:
     """inputs [..., columns] @ weight.T + bias, float32 [..., rows]; one block of the weight in memory."""
     from torch.nn.functional import linear
 
     outputs = inputs.new_empty((*inputs.shape[:-1], weight.rows))
     for rows in ranges(weight, block_rows(weight)):
         outputs[..., rows.start : rows.stop] = linear(inputs, read_rows(source, weight, rows))
-    return outputs if bias is None else outputs.add_(read_whole(source, bias))
+    return outputs if bias is None else outputs.add_(read_whole(*bias))
 
 
 def look_up(source: Source, weight: Weight, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +248,7 @@ def block_rows(weight: Weight) -> int:
     return max(wanted // weight.row_granule, 1) * weight.row_granule
 
 
-def read_rows(source: Source, weight: Weight, rows: range) -> Tensor:
+def read_rows(source: Readable, weight: Weight, rows: range) -> Tensor:
     """float32 [len(rows), columns], decoded with the rows of the granules around them."""
     granule = weight.row_granule
     start = rows.start // granule * granule

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.checkpoint import read_range
 from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable
 from edgeport.manifest import WeightFact, fingerprint, versions
 from edgeport.places import journal_path, staging_path
+from edgeport.staging import Written
 from edgeport.steps import Step
 from edgeport.tensor import TensorSpec
 
@@ -129,25 +129,19 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def verified(plan: Plan, steps: Sequence[Step], lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, WeightFact]]:
     """The journal's weights whose stored bytes are as it says."""
     known = {step.target.name: step for step in steps}
-    place = staging_path(plan.target.output)
-    where = {tensor: (place / file.name, start) for file in plan.files for tensor, start in file.ranges.items()}
+    written = Written.of(staging_path(plan.target.output), plan.files)
     for line in lines:
         step = known.get(str(line.get("weight")))
-        if step is None or line.get("sha256") != digests_at(step, where):
+        if step is None or line.get("sha256") != digests_at(step, written):
             continue
         fact = dict(line["fact"])
         yield step.target.name, WeightFact(**fact | {"shape": tuple(fact["shape"])})
 
 
-def digests_at(step: Step, where: Mapping[str, tuple[Path, int]]) -> dict[str, str] | None:
+def digests_at(step: Step, written: Written) -> dict[str, str] | None:
     """Hashes of a weight's stored tensors in the files of an interrupted run; None where they are not there."""
-
-    def read(spec: TensorSpec, start: int, stop: int) -> bytearray:
-        path, begin = where[spec.name]
-        return read_range(path, begin + start, begin + stop)
-
     try:
-        return digests(step, read)
+        return digests(step, written.read)
     except (OSError, CorruptCheckpoint):
         return None
 

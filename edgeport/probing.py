@@ -142,11 +142,21 @@ def read_text(path: Path) -> str:
 
 def predicted_bytes(steps: Sequence[Step], tokens: int, config: Mapping[str, Any]) -> int:
     """The peak of the probe's process: activations of one layer at a time, and the largest edit's factors."""
+    held = max((sum(edit.held_bytes for edit in step.edits) for step in steps), default=0)
+    return PROCESS_BYTES + window_bytes(tokens, config) + held
+
+
+def window_length(config: Mapping[str, Any]) -> int:
+    """Tokens of a window that the model can see at once."""
+    return min(WINDOW, int(config.get("max_position_embeddings") or WINDOW))
+
+
+def window_bytes(tokens: int, config: Mapping[str, Any]) -> int:
+    """Activations of so many tokens that see each other, in one layer."""
     hidden = int(config.get("hidden_size") or 0)
     wide = int(config.get("intermediate_size") or 4 * hidden)
     heads = int(config.get("num_attention_heads") or 1)
-    held = max((sum(edit.held_bytes for edit in step.edits) for step in steps), default=0)
-    return PROCESS_BYTES + 4 * tokens * (8 * hidden + 4 * wide + 4 * heads * tokens) + held
+    return 4 * tokens * (8 * hidden + 4 * wide + 4 * heads * tokens)
 
 
 def job_of(plan: Plan, staging: Path) -> Job:

@@ -66,7 +66,6 @@ def run(
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         journal = journals.opened(plan, steps, resume)
-        activations.collect([step for step in steps if step.target.name not in journal.done])
         return stream(plan, steps, activations, journal, verdict, began, progress=progress, force=force, command=command)
 
 
@@ -79,20 +78,23 @@ def stream(
         inputs = hasher.submit(describe_inputs, plan)
         with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
             journal.begin()
-            facts = []
-            for step in steps:
-                if step.target.name in journal.done:
-                    facts.append(skip(step, staging, journal, progress))
+            found: dict[str, WeightFact] = {}
+            for step, seen in activations.through(steps, staging.written(), journal.done, lane.device):
+                name = step.target.name
+                if name in journal.done:
+                    found[name] = skip(step, staging, journal, progress)
                     continue
-                with about(step.target.name):
+                with about(name):
                     if step.copied:
-                        facts.append(copy(plan, step, staging, progress))
+                        found[name] = copy(plan, step, staging, progress)
                     else:
-                        facts.append(edit(plan, step, staging, lane, activations, progress))
+                        found[name] = edit(plan, step, staging, lane, seen, progress)
                     lane.finish()
-                    journal.add(step, facts[-1], journals.digests(step, staging.read))
+                    journal.add(step, found[name], journals.digests(step, staging.read))
+                del seen
                 trim_heap()
                 check_budget(plan.limits)
+            facts = [found[step.target.name] for step in steps]
             if plan.adapter:
                 facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
                 check_budget(plan.limits)
@@ -144,12 +146,11 @@ def copy(plan: Plan, step: Step, staging: Staging, progress: Progress) -> Weight
 
 
 def edit(
-    plan: Plan, step: Step, staging: Staging, lane: Lane, activations: Activations, progress: Progress
+    plan: Plan, step: Step, staging: Staging, lane: Lane, inputs: Inputs | None, progress: Progress
 ) -> WeightFact:
     """Decode, apply every edit, encode and write, `step.rows` rows at a time."""
     for part in step.target.parts.values():
         staging.expect(part.spec.name, part.spec.nbytes)
-    inputs = activations.of(step, lane.device)
     if inputs is None and sees_inputs(step):
         step = replace(step, rounding=UNCALIBRATED)
     applied = [edit.load(lane.device) for edit in step.edits]

@@ -6,13 +6,13 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeport.checkpoint import read_lines
+from edgeport.checkpoint import read_lines, read_range
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
 from edgeport.places import journal_path, manifest_path, owned, staging_path
 from edgeport.seams import FileLayout
@@ -69,6 +69,9 @@ class Staging:
         begin = layout.ranges[spec.name] + start
         return read_lines(self.folder / layout.name, begin, stop - start, lines, spec.nbytes // lines)
 
+    def written(self) -> Written:
+        return Written.of(self.folder, self.layouts)
+
     def layout(self, tensor: str) -> FileLayout:
         """The file that has a place for a tensor. Raises PlanViolation."""
         for layout in self.layouts:
@@ -80,6 +83,25 @@ class Staging:
         for handle in self.files.values():
             os.close(handle)
         self.files.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The same files for reading, by whoever knows their paths. `places`: file and offset of each stored tensor."""
+
+    places: Mapping[str, tuple[Path, int]]
+
+    @classmethod
+    def of(cls, folder: Path, layouts: Iterable[FileLayout]) -> Written:
+        return cls({tensor: (folder / layout.name, start) for layout in layouts for tensor, start in layout.ranges.items()})
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
+        path, begin = self.places[spec.name]
+        return read_range(path, begin + start, begin + stop)
+
+    def read_lines(self, spec: TensorSpec, start: int, stop: int, lines: int) -> bytearray:
+        path, begin = self.places[spec.name]
+        return read_lines(path, begin + start, stop - start, lines, spec.nbytes // lines)
 
 
 @contextmanager

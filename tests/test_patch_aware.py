@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from edgeport.activations import PROBED, collect
-from edgeport.aside import ask
+from edgeport.activations import PROBED, Course, Place, calibrate
+from edgeport.aside import converse
 from edgeport.demo import ADAPTERS, packaged_model
 from edgeport.errors import NotACheckpoint, VerificationFailed
 from edgeport.locate import open_model
@@ -25,6 +26,7 @@ from edgeport.registry import codec
 from edgeport.rounding import Inputs, on_grid
 from edgeport.rounding.patch_aware import DAMPING, descend, refit, rounding
 from edgeport.rounding.stochastic import rounding as stochastic
+from edgeport.staging import Written
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -110,35 +112,89 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(whole, torch.cat(pieces)) and torch.equal(grid.step, other.step)
 
 
-def test_inputs_are_those_of_the_exact_port(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+def written(folder: Path) -> Written:
+    """A folder of one file as a run knows what it is writing."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    return Written({name: (path, begin + fact["data_offsets"][0]) for name, fact in header.items() if name != "__metadata__"})
+
+
+def noted(file: Any, offset: int, *shape: int) -> torch.Tensor:
+    count = math.prod(shape)
+    return torch.frombuffer(bytearray(os.pread(file.fileno(), 2 * count, offset)), dtype=torch.bfloat16).view(shape).float()
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("apart", [False, True])
+def test_inputs_are_those_of_the_port_so_far(tiny_llama: TinyLlama, tmp_path: Path, windows: int, apart: bool) -> None:
     base = tiny_llama()
     patch = save_patch(base, tmp_path / "patch", std=0.2)
-    exact = edgeport.port(patch=patch, new_base=base, output=tmp_path / "exact").output
-    job = Job(base=str(base), old=None, patches=((str(patch), 1.0),), output="", adapter=None, tokens=256, text=None)
-    names = [f"model.layers.1.{module}.weight" for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")]
-    names += ["lm_head.weight", "model.layers.7.mlp.up_proj.weight"]
-    with TemporaryFile() as file:
-        places = collect(job, names, file.fileno(), lambda text: None)
-        content = os.pread(file.fileno(), 1 << 24, 0)
-    with TemporaryFile() as file:
-        answer = ask("edgeport.activations", {**asdict(job), "weights": names, "handle": file.fileno()}, lambda text: None,
-                     (file.fileno(),))  # fmt: skip
-        assert isinstance(answer, dict) and {name: tuple(place) for name, place in answer["places"].items()} == places
-        assert len(os.pread(file.fileno(), 1 << 24, 0)) == len(content)
+    exact, other = (
+        edgeport.port(patch=f"{patch}:{scale}", new_base=base, output=tmp_path / f"exact{scale}", quant="f32").output
+        for scale in (1.0, 0.5)
+    )
+    # in the order in which a text comes to them
+    modules = ("0.mlp.up_proj", "1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.down_proj")
+    names = [*(f"model.layers.{module}.weight" for module in modules), "lm_head.weight"]
+    asked = [*names[::-1], "model.layers.7.mlp.up_proj.weight"]
+    job = Job(base=str(base), old=None, patches=((str(patch), 1.0),), output="", adapter=None, tokens=384, text=None)
+    stored = {name: open_model(other).weights[name] for name in names[:-1]}
     model = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32, attn_implementation="eager")
-    tokens = probe_tokens(open_model(base), PROBED + 256, packaged_text())[:, PROBED:].reshape(2, 128)
-    heard: dict[str, torch.Tensor] = {}
-    for name in names[:4]:
+    tokens = probe_tokens(open_model(base), PROBED + 384, packaged_text())[:, PROBED:].reshape(3, 128)
+    heard: list[dict[str, torch.Tensor]] = []
+
+    def listen() -> None:
+        heard.append({})
+        with torch.no_grad():
+            model(tokens)
+
+    for name in names:
         model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            lambda _, inputs, name=name: heard.update({name: inputs[0].reshape(256, -1)}))  # fmt: skip
+            lambda _, inputs, name=name: heard[-1].update({name: inputs[0].reshape(384, -1)}))  # fmt: skip
+    listen()
     with torch.no_grad():
-        model(tokens)
-    for name in names[:4]:
-        offset, count = places[name]
-        expected = heard[name]
-        stored = torch.frombuffer(bytearray(content), dtype=torch.bfloat16, count=expected.numel(), offset=offset).view(256, -1)
-        assert count == 256 and torch.allclose(stored.float(), expected, rtol=0.01, atol=1e-4)
-    assert places[names[0]] == places[names[1]] and names[4] not in places
+        for name, value in AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict().items():
+            if name in stored:
+                model.get_parameter(name).copy_(value)
+    listen()
+    exactly, ours = heard
+    with TemporaryFile() as file:
+        course = Course(job, asked, stored, written(other), file.fileno(), windows)
+        answers: Any = calibrate(course, print)
+        if apart:
+            answers = converse("edgeport.activations", course.packed(), print, (file.fileno(),))
+        came = []
+        for answer in answers:
+            name, place = answer["weight"], Place(*answer["place"])
+            came.append(name)
+            columns = ours[name].shape[1]
+            assert (place.tokens, place.group) == (384, 128 * windows)
+            assert torch.allclose(noted(file, place.inputs, 384, columns), ours[name], rtol=0.01, atol=1e-4)
+            pieces, start = [], place.drift
+            for count in torch.arange(384).split(place.group):
+                pieces.append(noted(file, start, columns, len(count)).T)
+                start += 2 * columns * len(count)
+            drift = ours[name] - exactly[name]
+            assert torch.allclose(torch.cat(pieces), drift, rtol=0.02, atol=0.01 * float(exactly[name].abs().max()))
+            assert bool(drift.any()) == (name != names[0])
+            assert bool(torch.cat(pieces).any()) == (name != names[0])
+    assert came == names
+
+
+def test_what_has_drifted_is_taken_back() -> None:
+    grid, target, inputs = gridded("Q4_0", 32, 256)
+    drift = (0.02 * inputs.float()).bfloat16()
+
+    def error(codes: torch.Tensor) -> float:
+        outputs = (grid.values(codes) - target).double() @ inputs.double().T + target.double() @ drift.double().T
+        return float(outputs.square().sum())
+
+    held = replace(grid, scales=None)
+    unaware = on_grid(rounding, held, target, "w", 0, seen(inputs))
+    aware = on_grid(rounding, held, target, "w", 0, replace(seen(inputs), drift=lambda some: drift[:, some].T))
+    assert error(aware) < 0.5 * error(unaware)
 
 
 def test_auto_takes_it_on_a_real_4_bit_base(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ format's grid already it returns the old codes and erases a patch, so the other 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +24,8 @@ class Inputs:
     """bfloat16 [tokens and more, columns], on the device: after the text's tokens the directions that the patch reads."""
     mean_square: float
     """Of the text's."""
+    drift: Callable[[slice], Tensor] | None = None
+    """Of some columns, bfloat16 [columns, tokens] on the device: how the text's inputs differ from the exact port's."""
     moments: list[Tensor] = field(default_factory=list)
     """Room for what a rule makes of them once for all blocks of a weight."""
 

@@ -3,19 +3,22 @@
 Each value takes one of the two codes around it. From unbiased random choices, coordinate descent goes over the columns
 and gives each value the one of its two errors that leaves less, for its row of errors e = stored - exact, of
 
-    mean over the tokens of (e . x)^2 + damping * |e|^2,
+    mean over the tokens of (e . x + w . d)^2 + damping * |e|^2,
 
-x being what the layer is given on a text that need not be about the patch, and the directions that the patch reads. The
-damping, a share of the inputs' mean square, holds what so few tokens say nothing of. Random choices to begin with, since
-they are unbiased: a descent from no error ends in errors that undo a part of the patch wherever the text says little.
+x being what the layer is given on a text that need not be about the patch, in the port that is being made, and d how that
+differs from the exact port's: what the roundings before have done to the output of the exact row w is taken back. Beside
+the tokens x are the directions that the patch reads, which do not drift. The damping, a share of the inputs' mean square,
+holds what so few tokens say nothing of. Random choices to begin with, since they are unbiased: a descent from no error
+ends in errors that undo a part of the patch wherever the text says little.
 
 Where a format keeps a scale (and a minimum) for each group of columns, every sweep also gives it the value that leaves
 least of the same, as far as its type can say it.
 
 The objective is that of Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (ICML 2020, arXiv
 2004.10568), and of Frantar et al., GPTQ (ICLR 2023, arXiv 2210.17323), whose lazy batches of columns are used; descent
-over both neighbours of every value as in Behdin et al., QuantEase (arXiv 2309.01885); codes and scales by turns, the
-latter by least squares, as in Zhang et al., LQ-Nets (ECCV 2018, arXiv 1807.10029).
+over both neighbours of every value as in Behdin et al., QuantEase (arXiv 2309.01885); the exact port's outputs as the aim, on the
+port's inputs, as in Li et al., GPTAQ (ICML 2025, arXiv 2504.02692); codes and scales by turns, the latter by least squares,
+as in Zhang et al., LQ-Nets (ECCV 2018, arXiv 1807.10029).
 """
 
 from __future__ import annotations
@@ -69,6 +72,9 @@ class PatchAware:
         for some in batches:
             error = error_of(grid.of_columns(some), codes[:, some], target[:, some])
             outputs.addmm_(inputs.rows[:, some].to(dtype), error.to(dtype), alpha=share)
+            if inputs.drift:
+                drift = inputs.drift(some).to(dtype)
+                outputs[: drift.shape[1]].addmm_(drift.T, target[:, some].T.to(dtype), alpha=share)
         for _ in range(SWEEPS):
             for some, moments in zip(batches, inputs.moments, strict=True):
                 part, exact, seen = grid.of_columns(some), target[:, some], inputs.rows[:, some].to(dtype)
