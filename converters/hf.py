@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.hf_quants import FLOATS, METHODS, QUANTS, Quant, choose, is_linear
+from converters.hf_quants import METHODS, QUANTS, WHOLE_NUMBERS, Quant, choose, is_linear
 from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_lines, read_range, safetensors_bytes
 from edgeport.codecs.plain import TYPES
 from edgeport.errors import (
@@ -38,10 +39,16 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ASSETS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template*", "*.tiktoken", "*.model", "preprocessor_config.json", "processor_config.json",
+    "*.py",  # the code that auto_map in config.json names
 )  # fmt: skip
 PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DEFAULT_SHARD_BYTES = 5 * 10**9
+QUANT_FILES = ("quantize_config.json", "quant_config.json")
+"""Where GPTQ's and AWQ's own packages keep what config.json's quantization_config says."""
+TEMPLATES = "additional_chat_templates/*.jinja"
+QUANTIZED = re.compile(r".+\.(?:qweight|qzeros|weight_packed|weight_scale(?:_inv|_2)?|scale_weight|absmax|SCB)")
+"""Tensors that stand beside a quantized weight, or in its place."""
 ADAPTER = "adapter"
 """The folder of a PEFT adapter that belongs to the model it stands in."""
 PEEK_BYTES = 1 << 20
@@ -73,7 +80,16 @@ class Folder:
 def asset_files(folder: Path) -> dict[str, Path]:
     """Config, tokenizer and generation files of a folder, by name."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in ASSETS)}
+    found = {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in ASSETS)}
+    return found | {str(path.relative_to(folder)): path for path in sorted(folder.glob(TEMPLATES))}
+
+
+def copy_assets(assets: Mapping[str, Path], staging: Path) -> None:
+    """Bring the files into `staging` verbatim. A source may have put its own there already."""
+    for name, path in assets.items():
+        if path != staging / name:
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, staging / name)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -83,7 +99,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
             return [folder / name]
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     if index is None:
-        raise NotACheckpoint(f"{folder} holds none of {', '.join(SINGLE_FILES + INDEXES)}")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f"; it has {others[0]}, a name that transformers does not look for: rename it" if others else ""
+        raise NotACheckpoint(f"{folder} holds none of {', '.join(SINGLE_FILES + INDEXES)}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CorruptCheckpoint(f"{index.name} has no weight_map of tensor names to file names")
@@ -99,9 +117,8 @@ def open_folder(path: Path) -> Folder:
     if not (path / "config.json").is_file():
         raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "a quantization_config of no known form"
+    quantization = config.get("quantization_config") or config.get("quantization")
+    if quantization and (method := quant_method(quantization)) not in METHODS:
         raise AmbiguousFormat(
             f"{path} is quantized ({method}), which edgeport does not read yet; give the unquantized folder or a GGUF file"
         )
@@ -125,12 +142,35 @@ def open_folder(path: Path) -> Folder:
         return bytes(read_range(place.path, place.offset, place.offset + place.nbytes))
 
     weights = {weight.name: weight for weight in claim(stored, config, peek)}
+    unread = next((name for name, weight in weights.items() if weight.codec == "plain" and QUANTIZED.fullmatch(name)), None)
+    if unread:
+        raise AmbiguousFormat(f"{unread} belongs to a quantized weight, and {where_told(path, config)}")
     if quantization and all(weight.codec == "plain" for weight in weights.values()):
         raise CorruptCheckpoint(
             f"config.json says that {path} is quantized ({quantization['quant_method']}), and no weight of it is; take "
             "quantization_config out of config.json if that is so"
         )
     return Folder(path, config, stored, weights, files)
+
+
+def quant_method(told: Any) -> str:
+    """Whose a quantization_config is. bitsandbytes' may leave out the word (transformers' `AutoQuantizationConfig.from_dict`)."""
+    if not isinstance(told, dict):
+        return "a quantization_config of no known form"
+    if told.get("load_in_4bit") or told.get("load_in_8bit"):
+        return METHODS[0]
+    return str(told.get("quant_method") or "a quantization_config without quant_method, as MLX writes it")
+
+
+def where_told(path: Path, config: Mapping[str, Any]) -> str:
+    """Why a folder's quantized weights are not read, and what to do."""
+    if config.get("quantization_config"):
+        return "quantization_config does not say that it is quantized; give the unquantized folder or a GGUF file"
+    beside = next((name for name in QUANT_FILES if (path / name).is_file()), None)
+    place = beside or ("its compression_config" if "compression_config" in config else None)
+    known = f"write there what {place} says, in transformers' words (with a quant_method)"
+    remedy = known if place else "give the unquantized folder or a GGUF file"
+    return f"config.json has no quantization_config to say how it is stored; {remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +198,7 @@ class FolderSink:
             format = self.format or (self.quant and plain_format(self.target.config))
             placed = codec("plain").layout(weight.name, weight.shape, format) if format else weight
         else:
-            format = self.format if self.format and weight.format not in set(TYPES) - set(FLOATS) else weight.format
+            format = self.format if self.format and weight.format not in WHOLE_NUMBERS else weight.format
             placed = codec("plain").layout(weight.name, weight.shape, format)
         # one object for both sides, since there are thousands; a tied head is stored under the embedding's name
         names = ([part.spec.name for part in parts.values()] for parts in (weight.parts, placed.parts))
@@ -219,9 +259,7 @@ class FolderSink:
 
     def finish(self, staging: Path) -> None:
         """Copy the asset files verbatim; config.json is written anew only where the port changed it."""
-        for name, path in {**self.source.assets(staging), **self.target.assets}.items():
-            if path.parent != staging:
-                shutil.copyfile(path, staging / name)
+        copy_assets({**self.source.assets(staging), **self.target.assets}, staging)
         config = dict(self.target.config)
         if self.format:
             key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
@@ -231,6 +269,10 @@ class FolderSink:
             config["quantization_config"] = dict(self.quant.config)
         if self.target.formats:
             config["quantization_config"] = with_skipped(config["quantization_config"], self.target.formats)
+        told = config.get("quantization_config")
+        if told and told == self.source.config.get("quantization_config"):
+            beside = {name: self.source.path / name for name in QUANT_FILES}
+            copy_assets({name: path for name, path in beside.items() if path.is_file()}, staging)
         if config != dict(self.source.config) or not (staging / "config.json").exists():
             (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

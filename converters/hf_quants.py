@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeport.codecs import awq, bnb4, fp8, gptq, int8, packed
-from edgeport.codecs.plain import TYPES
 from edgeport.errors import UnsupportedArchitecture
 from edgeport.registry import codec
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+"""Plain formats that no precision is meant for."""
 METHODS = ("bitsandbytes", gptq.METHOD, awq.METHOD, packed.METHOD)
 """The values of quant_method whose tensors a codec claims."""
 LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
@@ -132,7 +132,7 @@ def is_linear(weight: Weight) -> bool:
 
     Source: transformers `quantizers.base.get_keys_to_not_convert`, `integrations.bitsandbytes.replace_with_bnb_linear`.
     """
-    if weight.name in (EMBEDDING, HEAD) or len(weight.shape) < 2 or weight.format in set(TYPES) - set(FLOATS):
+    if weight.name in (EMBEDDING, HEAD) or len(weight.shape) < 2 or weight.format in WHOLE_NUMBERS:
         return False
     if len(weight.shape) == 2 and LINEAR.fullmatch(weight.name):
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
@@ -174,6 +175,7 @@ def make_plan(
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
     if sink.folder:
+        check_assets(source)
         target = replace(target, output=through_links(target.output))
     check_output(target.output, sink.folder, overwrite)
     work = taken(work, sink)
@@ -353,12 +355,21 @@ def notes_on(work: Sequence[Work]) -> list[str]:
 
 
 def check_writable(steps: Sequence[Step]) -> None:
-    """Raises DecodeOnly where a weight would have to be written in a format that is only read or copied."""
+    """Raises DecodeOnly where a weight would have to be read, or written, in a format that cannot."""
     for step in steps:
+        if not step.copied and not codec(step.origin.codec).formats[step.origin.format]:
+            with about(step.origin.name):
+                raise DecodeOnly(f"{step.origin.format} can be copied and not computed with; give the model in another precision")
         patched = step.keeps_grid and stored_alike(step.origin, step.target)
         if not step.copied and not patched and codec(step.target.codec).formats[step.target.format] != "rw":
             with about(step.target.name):
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
+
+
+def check_assets(source: Source) -> None:
+    """Raises ConvertError where the source's tokenizer cannot be told in a folder's files."""
+    with TemporaryDirectory() as staging:
+        source.assets(Path(staging))
 
 
 def check_kept(steps: Sequence[Step]) -> None:

@@ -10,11 +10,12 @@ from math import prod
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 """The two weights that a model may tie: a tied model has no head of its own."""
-BUFFER = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+BUFFER = re.compile(r"(?:.*\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|self_attn\.[qkv]_scale)")
 
 
 def is_buffer(name: str) -> bool:
-    """Whether it is a table that old checkpoints store (Llama 2's) and every program computes for itself."""
+    """Whether it is a table that old checkpoints store (Llama 2's) and every program computes for itself, or the scale of
+    an 8-bit cache (compressed-tensors' kv_cache_scheme), which a program whose cache has 16 bits has no use for."""
     return BUFFER.fullmatch(name) is not None
 
 

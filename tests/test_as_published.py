@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import peft
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import edgeport
+from edgeport.errors import AmbiguousFormat, DecodeOnly, NotACheckpoint
+from edgeport.locate import open_model
 from tests.conftest import TinyLlama, save_tokenizer
 from tests.test_adapter import save_patch
 from tests.test_lora_against_peft import logits
@@ -91,3 +94,124 @@ def test_and_whose_patch_means_both(tiny_llama: TinyLlama, tmp_path: Path) -> No
     expected, found = load_file(once / "model.safetensors"), load_file(twice / "model.safetensors")
     assert torch.equal(found.pop(HEAD), expected[EMBEDDING]) and found.keys() == expected.keys()
     assert (once / "config.json").read_bytes() == (twice / "config.json").read_bytes()
+
+
+# ---------------------------------------------------------------- quantized folders
+
+
+def quantized(tiny_llama: TinyLlama, tmp_path: Path, quant: str) -> Path:
+    base = tiny_llama(dtype="float16", hidden=128)
+    return edgeport.export(model=base, output=tmp_path / quant, to="hf", quant=quant).output
+
+
+def configured(folder: Path, **changes: Any) -> Path:
+    """With other entries in config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def told(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+
+
+@pytest.mark.parametrize(("quant", "place"), [
+    ("gptq-4", "quantize_config.json"), ("awq-4", "quant_config.json"), ("w4a16", "compression_config"),
+    ("fp8-dynamic", "compression_config"), ("fp8-dynamic", None),
+])  # fmt: skip
+def test_quantized_weights_of_which_config_says_nothing_are_no_numbers(
+    quant: str, place: str | None, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    base = quantized(tiny_llama, tmp_path, quant)
+    if place == "compression_config":
+        configured(base, compression_config=told(base))
+    elif place:
+        (base / place).write_text(json.dumps(told(base)))
+    configured(base, quantization_config=None)
+    with pytest.raises(AmbiguousFormat, match=f"has no quantization_config .*{place or 'give the unquantized folder'}"):
+        edgeport.export(model=base, output=tmp_path / "out", to="hf", quant="bf16")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_quantization_config_that_leaves_out_a_weight_s_kind(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "fp8-dynamic")
+    with_tensors(base, {"model.layers.0.self_attn.q_proj.weight": torch.ones(128, 128)})
+    with pytest.raises(AmbiguousFormat, match=r"q_proj\.weight_scale belongs .* does not say that it is quantized"):
+        open_model(base)
+
+
+def test_weights_under_the_name_that_autogptq_gave_them(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "gptq-4")
+    (base / "model.safetensors").rename(base / "gptq_model-4bit-128g.safetensors")
+    with pytest.raises(NotACheckpoint, match=r"it has gptq_model-4bit-128g.safetensors.*rename it"):
+        open_model(base)
+
+
+def test_bitsandbytes_need_not_call_itself_by_name(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "nf4")
+    configured(base, quantization_config={**told(base), "quant_method": None})
+    assert {weight.format for weight in open_model(base).weights.values()} == {"NF4", "F16"}
+
+
+@pytest.mark.parametrize(("quant", "changes", "message"), [
+    ("gptq-4", {"checkpoint_format": "marlin"}, "marlin"),
+    ("gptq-4", {"checkpoint_format": None, "is_marlin_format": True}, "marlin"),
+    ("fp8-dynamic", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+])  # fmt: skip
+def test_layouts_that_are_not_read_are_called_by_name(
+    quant: str, changes: dict[str, Any], message: str, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    base = quantized(tiny_llama, tmp_path, quant)
+    configured(base, quantization_config=told(base) | changes)
+    # such tensors have names of their own
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "proj" not in name}, base / "model.safetensors")
+    with pytest.raises(AmbiguousFormat, match=message):
+        open_model(base)
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_mlx_is_called_by_name(key: str, tiny_llama: TinyLlama) -> None:
+    base = configured(tiny_llama(), **{key: {"group_size": 64, "bits": 4}})
+    with_tensors(base, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 8, dtype=torch.uint32)})
+    with pytest.raises(AmbiguousFormat, match="as MLX writes it"):
+        open_model(base)
+
+
+def test_the_scales_of_an_8_bit_cache_are_no_weights(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "fp8-dynamic")
+    plain = edgeport.export(model=base, output=tmp_path / "plain.gguf", to="gguf").output
+    scales = {f"model.layers.{layer}.self_attn.{one}_scale": torch.ones(1) for layer in range(2) for one in "kv"}
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    configured(with_tensors(base, scales), quantization_config=told(base) | {"kv_cache_scheme": scheme})
+    found = edgeport.export(model=base, output=tmp_path / "found.gguf", to="gguf").output
+    assert found.read_bytes() == plain.read_bytes()
+    kept = edgeport.export(model=base, output=tmp_path / "kept", to="hf").output
+    assert load_file(kept / "model.safetensors").keys() >= scales.keys()
+
+
+@pytest.mark.parametrize("quant", ["bf16", "nf4"])
+def test_float8_without_a_scale_is_refused_and_not_passed_by(quant: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with_tensors(base, {name: load_file(base / "model.safetensors")[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(DecodeOnly, match="F8_E4M3 can be copied and not computed with"):
+        edgeport.plan(new_base=base, output=tmp_path / "out", to="hf", quant=quant)
+    kept = edgeport.export(model=base, output=tmp_path / "kept", to="hf").output
+    assert (kept / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_no_companion_is_lost(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "gptq-4")
+    code, template = "modeling_own.py", "additional_chat_templates/rag.jinja"
+    (base / "additional_chat_templates").mkdir()
+    for name in (code, template, "quantize_config.json"):
+        (base / name).write_text(f"{{# {name} #}}")
+    kept = edgeport.export(model=base, output=tmp_path / "kept", to="hf").output
+    assert {(kept / name).read_text() for name in (code, template, "quantize_config.json")} == {
+        f"{{# {name} #}}" for name in (code, template, "quantize_config.json")
+    }
+    changed = edgeport.export(model=base, output=tmp_path / "changed", to="hf", quant="bf16").output
+    assert (changed / code).is_file() and (changed / template).is_file()
+    # GPTQModel believes this file more than config.json
+    assert not (changed / "quantize_config.json").exists()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.hf import asset_files
+from converters.hf import asset_files, copy_assets
 from converters.onnx.precisions import Settings
 from edgeport.checkpoint import read_range
 from edgeport.seams import Source, Target
@@ -46,9 +45,7 @@ class Stored:
 
 def companions(source: Source, target: Target, staging: Path) -> dict[str, Any]:
     """Copy tokenizer and processor files verbatim; write, and return, config.json as it is to be."""
-    for name, path in {**source.assets(staging), **target.assets}.items():
-        if path.parent != staging:
-            shutil.copyfile(path, staging / name)
+    copy_assets({**source.assets(staging), **target.assets}, staging)
     config = {key: value for key, value in target.config.items() if key != "quantization_config"}
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return config

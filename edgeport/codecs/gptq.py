@@ -95,6 +95,7 @@ class Gptq:
         told = config.get("quantization_config") or {}
         if told.get("quant_method") != METHOD:
             return
+        told_packing(told)
         for layer in layers(specs, PARTS):
             with about(f"{layer}.weight"):
                 yield self._claimed(layer, specs, {**told, **override(told, layer)}, peek)
@@ -160,7 +161,8 @@ codec = Gptq()
 def told_packing(told: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and version from a quantization_config. Raises AmbiguousFormat."""
     bits, word = told.get("bits"), told.get("pack_dtype", "int32")
-    format = told.get("checkpoint_format") or told.get("format") or "gptq"
+    marlin = "marlin" if told.get("is_marlin_format") else None
+    format = told.get("checkpoint_format") or told.get("format") or marlin or "gptq"
     if type(bits) is not int or bits not in BITS or format not in VERSIONS or word != "int32":
         raise AmbiguousFormat(
             f"quantization_config says {bits!r} bits, format {format!r}, packed in {word}; edgeport reads "

@@ -158,6 +158,9 @@ def told_schemes(told: Mapping[str, Any]) -> set[tuple[str, int, int]]:
     groups = told.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise AmbiguousFormat("quantization_config has no config_groups; load and save the model with compressed-tensors first")
+    sparse = told.get("sparsity_config") or {}
+    if sparse.get("format", "dense") != "dense":
+        raise AmbiguousFormat(f"sparsity_config says {sparse['format']!r}, and edgeport reads weights with all their zeros alone")
     found = set()
     for name, scheme in groups.items():
         weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
