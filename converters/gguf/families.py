@@ -40,6 +40,8 @@ GEMMA2_SETTINGS = (
     ("final_logit_softcapping", "final_logit_softcapping", "FLOAT32"),
     ("attention.sliding_window", "sliding_window", "UINT32"),
 )
+KNOWN_SCALING = ("type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+"""Settings under rope.scaling that `config` has a word for, or that nothing is computed from."""
 YARN = (
     ("rope.scaling.original_context_length", "original_max_position_embeddings", "UINT32"),
     ("rope.scaling.yarn_beta_fast", "beta_fast", "FLOAT32"),
@@ -124,7 +126,7 @@ class Family:
         Whether embedding and head are tied, and have biases, is in the list of tensors: the caller adds
         `tie_word_embeddings` and what `biases` says. Raises ConvertError, UnmappedTensor.
         """
-        under = {key.removeprefix(f"{self.arch}."): value for key, value in metadata.items()}
+        under = {key.removeprefix(f"{self.arch}."): _one(key, value) for key, value in metadata.items()}
         # Of the families with one architecture, the first is what a GGUF of it is read as.
         read_as = family_of(self.arch)
         config: dict[str, Any] = {"architectures": [read_as.classes[0]], "model_type": read_as.model_types[0]}
@@ -144,11 +146,16 @@ class Family:
         if self.arch == "gemma2":
             config["query_pre_attn_scalar"] = _gemma2_scalar(config)
         config["rope_theta"] = theta = _shortest(under.get("rope.freq_base", 10000.0))
-        scaling = under.get("rope.scaling.type", "none")
+        other = [key for key in under if key.startswith("rope.scaling.") and key.rpartition(".")[2] not in KNOWN_SCALING]
+        if other or under.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+            raise UnsupportedArchitecture(f"{', '.join(other) or 'rope.dimension_count'} of the GGUF has no counterpart here")
+        # llama.cpp's own defaults, and the name of files from 2023
+        factor = under.get("rope.scaling.factor") or under.get("rope.scale_linear") or 1.0
+        scaling = under.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
         if rope_freqs is not None:
             config["rope_scaling"] = llama3_scaling(rope_freqs, config["head_dim"], theta)
         elif scaling in ("linear", "yarn"):
-            config["rope_scaling"] = {"rope_type": scaling, "factor": _shortest(under["rope.scaling.factor"])}
+            config["rope_scaling"] = {"rope_type": scaling, "factor": _shortest(factor)}
             found = {name: under[key] for key, name, _ in YARN if scaling == "yarn" and key in under}
             config["rope_scaling"] |= {k: _shortest(v) if isinstance(v, float) else v for k, v in found.items()}
         elif scaling != "none":
@@ -160,8 +167,11 @@ class Family:
 
     def biases(self, gguf_names: Container[str]) -> dict[str, bool]:
         """config.json's bias switches, as the GGUF's tensor names tell."""
-        signs = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-        return {switch: signs[switch] in gguf_names for switch in family_of(self.arch).biased}
+        signs = {"attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"), "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")}
+        return {
+            switch: any(f"blk.0.{module}.bias" in gguf_names for module in signs[switch])
+            for switch in family_of(self.arch).biased
+        }
 
     def tensor(self, hf_name: str, config: Mapping[str, Any]) -> tuple[str, Arrangement]:
         """The GGUF name of a transformers tensor, and how its values lie there. Raises UnmappedTensor."""
@@ -344,6 +354,15 @@ def _take_apart(name: str, pattern: str) -> tuple[str, str | None, str]:
     if match := re.fullmatch(pattern, stem):
         return f"{match[1]}{{}}{match[3]}", match[2], suffix
     return stem, None, suffix
+
+
+def _one(key: str, value: Any) -> Any:
+    """A setting that may stand once for each layer. Raises UnsupportedArchitecture where the layers differ."""
+    if not isinstance(value, list) or key.startswith(("general.", "tokenizer.")):
+        return value
+    if not value or any(other != value[0] for other in value):
+        raise UnsupportedArchitecture(f"{key} of the GGUF differs from layer to layer, which no family here does")
+    return value[0]
 
 
 def _shortest(value: float) -> float:

@@ -1,0 +1,98 @@
+"""GGUF files as others write them: settings spelled otherwise than the converter's own, beside llama.cpp's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import edgeport
+from edgeport.errors import ConvertError, UnsupportedArchitecture
+from edgeport.locate import open_model
+from tests.conftest import TinyLlama
+from tests.test_adapter import WORDS, apart, llama_logits
+
+Rewritten = Callable[..., Path]
+FLOAT, INTEGER = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.UINT32
+TEXT, ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+
+
+@pytest.fixture
+def rewritten(tiny_llama: TinyLlama, tmp_path: Path) -> Rewritten:
+    """A function that writes a float32 GGUF with further keys (value, type, element type) and tensors, and without others."""
+
+    def write(keys: dict[str, Any] | None = None, tensors: dict[str, np.ndarray] | None = None, without: str = " ") -> Path:
+        keys = keys or {}
+        plain = edgeport.export(model=tiny_llama(), output=tmp_path / "plain.gguf", to="gguf", overwrite=True).output
+        reader, writer = gguf.GGUFReader(plain), gguf.GGUFWriter(tmp_path / "found.gguf", "llama")
+        for name, field in reader.fields.items():
+            if not name.startswith(("GGUF.", "general.architecture", without)) and name not in keys:
+                element = field.types[-1] if field.types[0] == ARRAY else None
+                writer.add_key_value(name, field.contents(), field.types[0], element)
+        for name, told in keys.items():
+            writer.add_key_value(name, *told)
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data)
+        for name, values in (tensors or {}).items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / "found.gguf"
+
+    return write
+
+
+def folder_logits(model: Path, folder: Path) -> torch.Tensor:
+    edgeport.export(model=model, output=folder, to="hf", quant="f32")
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(WORDS).logits[0]
+
+
+def bias(rows: int) -> np.ndarray:
+    return np.linspace(-1, 1, rows, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "how", ["a factor without a type", "the name of 2023", "a bias of the output alone", "one count a layer"]
+)
+def test_what_llama_cpp_computes_is_what_the_folder_says(how: str, rewritten: Rewritten, tmp_path: Path) -> None:
+    keys, tensors = {
+        "a factor without a type": ({"llama.rope.scaling.factor": (4.0, FLOAT)}, {}),
+        "the name of 2023": ({"llama.rope.scale_linear": (4.0, FLOAT)}, {}),
+        "a bias of the output alone": ({}, {f"blk.{layer}.attn_output.bias": bias(64) for layer in range(2)}),
+        "one count a layer": ({"llama.attention.head_count_kv": ([2, 2], ARRAY, INTEGER)}, {}),
+    }[how]
+    found = rewritten(keys, tensors)
+    assert apart(folder_logits(found, tmp_path / "out"), llama_logits(found)) < 1e-3
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"llama.rope.scaling.attn_factor": (1.5, FLOAT)}, "attn_factor"),
+    ({"llama.rope.dimension_count": (8, INTEGER)}, "dimension_count"),
+    ({"llama.attention.head_count_kv": ([2, 1], ARRAY, INTEGER)}, "differs from layer to layer"),
+])  # fmt: skip
+def test_what_a_folder_cannot_say_is_refused(keys: dict[str, Any], message: str, rewritten: Rewritten) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=message):
+        _ = open_model(rewritten(keys)).weights
+
+
+def test_several_chat_templates(rewritten: Rewritten, tmp_path: Path) -> None:
+    keys = {"tokenizer.chat_templates": (["rag"], ARRAY, TEXT), "tokenizer.chat_template.rag": ("other", TEXT)}
+    out = edgeport.export(model=rewritten(keys), output=tmp_path / "out", to="hf").output
+    assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "other"
+    back = edgeport.export(model=out, output=tmp_path / "back.gguf", to="gguf").output
+    assert gguf.GGUFReader(back).fields["tokenizer.chat_template.rag"].contents() == "other"
+
+
+def test_a_tokenizer_that_no_folder_holds_is_refused_at_once(rewritten: Rewritten, tmp_path: Path) -> None:
+    found = rewritten(without="tokenizer.")
+    with pytest.raises(ConvertError, match="holds no tokenizer"):
+        edgeport.plan(new_base=found, output=tmp_path / "out", to="hf")
