@@ -203,7 +203,7 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *sink.notes, *notes_on_rounding(steps, hindrance)),
+        notes=(*notes_on(work), *notes_on_columns(beside), *sink.notes, *notes_on_rounding(steps, hindrance)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
@@ -351,6 +351,16 @@ def notes_on(work: Sequence[Work]) -> list[str]:
     return [
         f"the patch holds whole values for {', '.join(replaced[:3])}{' ...' if len(replaced) > 3 else ''}; they replace "
         "the new base's own. With --old-base their change is added instead"
+    ]
+
+
+def notes_on_columns(patched: Patched) -> list[str]:
+    """What an AWQ model's weights do not tell (https://arxiv.org/abs/2306.00978, section 3.2)."""
+    if not any(origin.codec == "awq" for origin, _ in patched.values()):
+        return []
+    return [
+        "AWQ scales a model's columns, and what stands before them the other way: a patch made on weights without those scales "
+        "is off by them; edgeport diagnose --old-base shows by how much"
     ]
 
 

@@ -157,6 +157,7 @@ def test_bitsandbytes_need_not_call_itself_by_name(tiny_llama: TinyLlama, tmp_pa
     ("gptq-4", {"checkpoint_format": "marlin"}, "marlin"),
     ("gptq-4", {"checkpoint_format": None, "is_marlin_format": True}, "marlin"),
     ("fp8-dynamic", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+    ("w4a16", {"transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}}, r"rotated \(R1\)"),
 ])  # fmt: skip
 def test_layouts_that_are_not_read_are_called_by_name(
     quant: str, changes: dict[str, Any], message: str, tiny_llama: TinyLlama, tmp_path: Path
@@ -168,6 +169,14 @@ def test_layouts_that_are_not_read_are_called_by_name(
     save_file({name: tensor for name, tensor in tensors.items() if "proj" not in name}, base / "model.safetensors")
     with pytest.raises(AmbiguousFormat, match=message):
         open_model(base)
+
+
+def test_a_patch_hears_of_the_scales_that_awq_folds_away(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = quantized(tiny_llama, tmp_path, "awq-4")
+    patch = save_patch(tiny_llama(hidden=128), tmp_path / "patch")
+    notes = edgeport.plan(new_base=base, patch=patch, output=tmp_path / "out").notes
+    assert any("AWQ scales a model's columns" in note for note in notes)
+    assert not edgeport.plan(new_base=base, output=tmp_path / "out").notes
 
 
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])

@@ -159,8 +159,11 @@ def told_schemes(told: Mapping[str, Any]) -> set[tuple[str, int, int]]:
     if not isinstance(groups, Mapping) or not groups:
         raise AmbiguousFormat("quantization_config has no config_groups; load and save the model with compressed-tensors first")
     sparse = told.get("sparsity_config") or {}
-    if sparse.get("format", "dense") != "dense":
-        raise AmbiguousFormat(f"sparsity_config says {sparse['format']!r}, and edgeport reads weights with all their zeros alone")
+    if not isinstance(sparse, Mapping) or sparse.get("format", "dense") != "dense":
+        raise AmbiguousFormat(f"sparsity_config says {sparse}, and edgeport reads weights with all their zeros alone")
+    if turned := told.get("transform_config"):
+        kinds = ", ".join(turned.get("config_groups") or turned) if isinstance(turned, Mapping) else str(turned)
+        raise AmbiguousFormat(f"transform_config says that the weights are rotated ({kinds}), and edgeport knows no rotations")
     found = set()
     for name, scheme in groups.items():
         weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
