@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     "config.json, a list": Case(with_config("[]"), "where a JSON object was expected"),
     "config.json, quantized": Case(with_config(quantization_config={"quant_method": "aqlm"}), "is quantized (aqlm)"),
     "config.json, quantized, and no tensor is": Case(
-        with_config(quantization_config={"quant_method": "gptq"}), "and no weight of it is"),
+        with_config(quantization_config={"quant_method": "gptq", "bits": 4}), "and no weight of it is"),
     **{f"{name}, bits that are not read": Case(with_turned(name, bits=5), f"says 5 bits, {word}")
        for name, word in (("gptq", "format 'gptq'"), ("awq", "version 'gemm'"))},
     **{f"{name}, group size 0": Case(with_turned(name, group_size=0), "says group_size 0") for name in ("gptq", "awq")},

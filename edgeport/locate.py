@@ -16,7 +16,7 @@ from edgeport.seams import Patch, Source
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 # the original weights beside transformers' own are a second copy, and what stands in subfolders is of other programs
 NOT_READ = ["*/*", "consolidated*"]
-MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 
 
 def offline_set() -> bool:

@@ -359,8 +359,8 @@ def notes_on_columns(patched: Patched) -> list[str]:
     if not any(origin.codec == "awq" for origin, _ in patched.values()):
         return []
     return [
-        "AWQ scales a model's columns, and what stands before them the other way: a patch made on weights without those scales "
-        "is off by them; edgeport diagnose --old-base shows by how much"
+        "AWQ as a rule scales a model's columns, and what stands before them the other way: a patch made on weights without "
+        "those scales is off by them; edgeport diagnose --old-base shows by how much"
     ]
 
 

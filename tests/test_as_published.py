@@ -175,7 +175,7 @@ def test_a_patch_hears_of_the_scales_that_awq_folds_away(tiny_llama: TinyLlama, 
     base = quantized(tiny_llama, tmp_path, "awq-4")
     patch = save_patch(tiny_llama(hidden=128), tmp_path / "patch")
     notes = edgeport.plan(new_base=base, patch=patch, output=tmp_path / "out").notes
-    assert any("AWQ scales a model's columns" in note for note in notes)
+    assert any("AWQ as a rule scales a model's columns" in note for note in notes)
     assert not edgeport.plan(new_base=base, output=tmp_path / "out").notes
 
 

@@ -311,7 +311,7 @@ def test_nothing_is_downloaded_that_is_not_read() -> None:
     """By huggingface_hub's own rule, of what repositories have beside a model."""
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model"]
+    wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "own.py"]
     beside = ["consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.onnx", "onnx/config.json", "README.md"]
     assert list(filter_repo_objects([*wanted, *beside], allow_patterns=MODEL_FILES, ignore_patterns=NOT_READ)) == wanted
 

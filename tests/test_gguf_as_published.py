@@ -96,3 +96,11 @@ def test_a_tokenizer_that_no_folder_holds_is_refused_at_once(rewritten: Rewritte
     found = rewritten(without="tokenizer.")
     with pytest.raises(ConvertError, match="holds no tokenizer"):
         edgeport.plan(new_base=found, output=tmp_path / "out", to="hf")
+
+
+def test_another_quantization_does_not_boast_of_the_matrix(rewritten: Rewritten, tmp_path: Path) -> None:
+    key = "quantize.imatrix.file"
+    found = rewritten({key: ("wiki.imatrix", TEXT)})
+    kept = edgeport.export(model=found, output=tmp_path / "kept.gguf", to="gguf").output
+    other = edgeport.export(model=found, output=tmp_path / "other.gguf", to="gguf", quant="Q8_0").output
+    assert key in gguf.GGUFReader(kept).fields and key not in gguf.GGUFReader(other).fields

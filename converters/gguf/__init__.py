@@ -352,7 +352,9 @@ def described(
     """Every key of the file. From a GGUF they are copied byte for byte, but for what the output changes."""
     metadata: dict[str, Field | tuple[int, Any]] = {}
     if isinstance(source, GGUFSource):
-        metadata |= {key: field for key, field in source.metadata.items() if not key.startswith("split.")}
+        # the matrix that the source's types were made with is not that of others
+        left = ("split.", "quantize.imatrix.") if target.quant else ("split.",)
+        metadata |= {key: field for key, field in source.metadata.items() if not key.startswith(left)}
         if target.assets:
             metadata = {key: field for key, field in metadata.items() if not key.startswith("tokenizer.")}
             metadata |= tokenizer(target.assets, target.config)
