@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,24 @@ def test_layouts_that_are_not_read_are_called_by_name(
     save_file({name: tensor for name, tensor in tensors.items() if "proj" not in name}, base / "model.safetensors")
     with pytest.raises(AmbiguousFormat, match=message):
         open_model(base)
+
+
+def test_biases_that_autogptq_made_up_are_no_weights(
+    tiny_llama: TinyLlama, tmp_path: Path, read_tensors: Callable[[Path], dict[str, bytes]]
+) -> None:
+    base = quantized(tiny_llama, tmp_path, "gptq-4")
+    plain = edgeport.export(model=base, output=tmp_path / "plain.gguf", to="gguf").output
+    scales = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if name.endswith(".scales")}
+    made_up = {name.replace("scales", "bias"): torch.zeros_like(scale[0]) for name, scale in scales.items()}
+    with_tensors(base, made_up)
+    assert edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf").output.read_bytes() == plain.read_bytes()
+    patch = save_patch(tiny_llama(hidden=128), tmp_path / "patch", std=0.02)
+    for rounding in ("stochastic", "nearest"):
+        ported = edgeport.port(patch=patch, new_base=base, output=tmp_path / rounding, rounding=rounding, force=True).output
+        before, after = read_tensors(base), read_tensors(ported)
+        assert before.keys() == after.keys() and all(before[name] == after[name] for name in made_up)
+    with_tensors(base, {name: tensor + 1 for name, tensor in made_up.items()})
+    assert made_up.keys() <= open_model(base).weights.keys()
 
 
 def test_a_patch_hears_of_the_scales_that_awq_folds_away(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A layer of [out, in] weights is stored turned, so that a row of the weight is a 
     X.qzeros:   int32 [groups, out * bits / 32], zeros packed along the output; format "gptq" (v1) stores them less 1
     X.scales:   float16 [groups, out]
     X.g_idx:    int32 [in], the group of each input channel: in their order, or, with act-order, in any
+    X.bias:     the layer's own, or [out] zeros, which AutoGPTQ gave to layers that have none
 
     weight[o, i] = scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o])
 
@@ -53,6 +54,8 @@ BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 """The values of checkpoint_format: how zeros are stored."""
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+WITHOUT_BIAS = ("llama", "mistral")
+"""Values of model_type whose layers have no biases unless config.json says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,13 @@ class Gptq:
         if told.get("quant_method") != METHOD:
             return
         told_packing(told)
+        biased = config.get("model_type") not in WITHOUT_BIAS or config.get("attention_bias") or config.get("mlp_bias")
         for layer in layers(specs, PARTS):
             with about(f"{layer}.weight"):
-                yield self._claimed(layer, specs, {**told, **override(told, layer)}, peek)
+                weight, bias = self._claimed(layer, specs, {**told, **override(told, layer)}, peek), specs.get(f"{layer}.bias")
+                if bias and not biased and not any(peek(bias.name)):
+                    weight = replace(weight, parts={**weight.parts, "bias": Part(bias, 0)})
+                yield weight
 
     def _claimed(self, layer: str, specs: Mapping[str, TensorSpec], told: Mapping[str, Any], peek: Peek) -> Weight:
         (bits, version), group = told_packing(told), told_group(told)
@@ -143,6 +150,8 @@ class Gptq:
         stored["qzeros"] = pack_zeros(zero.to(torch.uint8), how)
         if how.indexed:
             stored["g_idx"] = (torch.arange(weight.columns, dtype=torch.int32) // how.group).view(torch.uint8)
+        if "bias" in weight.parts:
+            stored["bias"] = torch.zeros(weight.parts["bias"].spec.nbytes, dtype=torch.uint8)
         return stored
 
     def grid(self, weight: Weight, parts: Mapping[str, Tensor]) -> Grid:
