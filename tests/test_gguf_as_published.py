@@ -61,13 +61,17 @@ def bias(rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "how", ["a factor without a type", "the name of 2023", "a bias of the output alone", "one count a layer"]
+    "how",
+    ["a factor without a type", "the name of 2023", "a bias of the output alone", "settings that change nothing",
+     "one count a layer"],
 )
 def test_what_llama_cpp_computes_is_what_the_folder_says(how: str, rewritten: Rewritten, tmp_path: Path) -> None:
     keys, tensors = {
         "a factor without a type": ({"llama.rope.scaling.factor": (4.0, FLOAT)}, {}),
         "the name of 2023": ({"llama.rope.scale_linear": (4.0, FLOAT)}, {}),
         "a bias of the output alone": ({}, {f"blk.{layer}.attn_output.bias": bias(64) for layer in range(2)}),
+        "settings that change nothing": (
+            {"llama.rope.scaling.attn_factor": (1.0, FLOAT), "llama.labels": (["yes", "no"], ARRAY, TEXT)}, {}),
         "one count a layer": ({"llama.attention.head_count_kv": ([2, 2], ARRAY, INTEGER)}, {}),
     }[how]
     found = rewritten(keys, tensors)
@@ -75,7 +79,7 @@ def test_what_llama_cpp_computes_is_what_the_folder_says(how: str, rewritten: Re
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"llama.rope.scaling.attn_factor": (1.5, FLOAT)}, "attn_factor"),
+    ({"llama.rope.scaling.attn_factor": (1.5, FLOAT)}, r"rope\.scaling\.attn_factor"),
     ({"llama.rope.dimension_count": (8, INTEGER)}, "dimension_count"),
     ({"llama.attention.head_count_kv": ([2, 1], ARRAY, INTEGER)}, "differs from layer to layer"),
 ])  # fmt: skip

@@ -126,14 +126,15 @@ class Family:
         Whether embedding and head are tied, and have biases, is in the list of tensors: the caller adds
         `tie_word_embeddings` and what `biases` says. Raises ConvertError, UnmappedTensor.
         """
-        under = {key.removeprefix(f"{self.arch}."): _one(key, value) for key, value in metadata.items()}
+        under = {key.removeprefix(f"{self.arch}."): value for key, value in metadata.items()}
         # Of the families with one architecture, the first is what a GGUF of it is read as.
         read_as = family_of(self.arch)
         config: dict[str, Any] = {"architectures": [read_as.classes[0]], "model_type": read_as.model_types[0]}
         config["hidden_act" if self.activation == "silu" else "hidden_activation"] = self.activation
         for key, name, kind in self.settings:
             if key in under:
-                config[name] = _shortest(under[key]) if kind == "FLOAT32" else under[key]
+                value = _one(key, under[key])
+                config[name] = _shortest(value) if kind == "FLOAT32" else value
         if "vocab_size" not in config and "tokenizer.ggml.tokens" in metadata:
             config["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
         # llama.cpp's own rule; the defaults of a transformers class are of no account here.
@@ -146,7 +147,8 @@ class Family:
         if self.arch == "gemma2":
             config["query_pre_attn_scalar"] = _gemma2_scalar(config)
         config["rope_theta"] = theta = _shortest(under.get("rope.freq_base", 10000.0))
-        other = [key for key in under if key.startswith("rope.scaling.") and key.rpartition(".")[2] not in KNOWN_SCALING]
+        unknown = {key for key in under if key.startswith("rope.scaling.") and key.rpartition(".")[2] not in KNOWN_SCALING}
+        other = sorted(key for key in unknown if under[key] != 1.0)
         if other or under.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
             raise UnsupportedArchitecture(f"{', '.join(other) or 'rope.dimension_count'} of the GGUF has no counterpart here")
         # llama.cpp's own defaults, and the name of files from 2023
@@ -358,7 +360,7 @@ def _take_apart(name: str, pattern: str) -> tuple[str, str | None, str]:
 
 def _one(key: str, value: Any) -> Any:
     """A setting that may stand once for each layer. Raises UnsupportedArchitecture where the layers differ."""
-    if not isinstance(value, list) or key.startswith(("general.", "tokenizer.")):
+    if not isinstance(value, list):
         return value
     if not value or any(other != value[0] for other in value):
         raise UnsupportedArchitecture(f"{key} of the GGUF differs from layer to layer, which no family here does")
