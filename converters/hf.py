@@ -47,7 +47,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 QUANT_FILES = ("quantize_config.json", "quant_config.json")
 """Where GPTQ's and AWQ's own packages keep what config.json's quantization_config says."""
 TEMPLATES = "additional_chat_templates/*.jinja"
-QUANTIZED = re.compile(r".+\.(?:qweight|qzeros|weight_packed|weight_scale(?:_inv|_2)?|scale_weight|absmax|SCB)")
+QUANTIZED = re.compile(r".+\.(?:qweight|q_weight|qzeros|weight_packed|weight_scale(?:_inv|_2)?|scale_weight|absmax|SCB)")
 """Tensors that stand beside a quantized weight, or in its place."""
 ADAPTER = "adapter"
 """The folder of a PEFT adapter that belongs to the model it stands in."""
@@ -100,7 +100,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     if index is None:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        hint = f"; it has {others[0]}, a name that transformers does not look for: rename it" if others else ""
+        hint = f"; if {others[0]} is the model, rename it" if others else ""
         raise NotACheckpoint(f"{folder} holds none of {', '.join(SINGLE_FILES + INDEXES)}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
