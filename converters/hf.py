@@ -117,7 +117,8 @@ def open_folder(path: Path) -> Folder:
     if not (path / "config.json").is_file():
         raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config") or config.get("quantization")
+    mlx = config.get("quantization")
+    quantization = config.get("quantization_config") or (mlx if isinstance(mlx, dict) and "bits" in mlx else None)
     if quantization and (method := quant_method(quantization)) not in METHODS:
         raise AmbiguousFormat(
             f"{path} is quantized ({method}), which edgeport does not read yet; give the unquantized folder or a GGUF file"
