@@ -39,7 +39,6 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ASSETS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template*", "*.tiktoken", "*.model", "preprocessor_config.json", "processor_config.json",
-    "*.py",  # the code that auto_map in config.json names
 )  # fmt: skip
 PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -81,6 +80,9 @@ def asset_files(folder: Path) -> dict[str, Path]:
     """Config, tokenizer and generation files of a folder, by name."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     found = {name: folder / name for name in names if any(fnmatch(name, pattern) for pattern in ASSETS)}
+    # a model with code of its own names a part of it, which imports the rest
+    if any(b'"auto_map"' in found[name].read_bytes() for name in ("config.json", "tokenizer_config.json") if name in found):
+        found |= {name: folder / name for name in names if name.endswith(".py")}
     return found | {str(path.relative_to(folder)): path for path in sorted(folder.glob(TEMPLATES))}
 
 

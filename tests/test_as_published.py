@@ -233,6 +233,7 @@ def test_no_companion_is_lost(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base = quantized(tiny_llama, tmp_path, "gptq-4")
     code, template = "modeling_own.py", "additional_chat_templates/rag.jinja"
     (base / "additional_chat_templates").mkdir()
+    configured(base, auto_map={"AutoConfig": "modeling_own.OwnConfig"})
     for name in (code, template, "quantize_config.json"):
         (base / name).write_text(f"{{# {name} #}}")
     kept = edgeport.export(model=base, output=tmp_path / "kept", to="hf").output
@@ -241,5 +242,7 @@ def test_no_companion_is_lost(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     }
     changed = edgeport.export(model=base, output=tmp_path / "changed", to="hf", quant="bf16").output
     assert (changed / code).is_file() and (changed / template).is_file()
+    configured(base, auto_map=None)
+    assert not (edgeport.export(model=base, output=tmp_path / "other", to="hf").output / code).exists()
     # GPTQModel believes this file more than config.json
     assert not (changed / "quantize_config.json").exists()
