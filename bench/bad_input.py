@@ -294,6 +294,8 @@ CASES: dict[str, Case] = {
     "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
     "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),
     "--max-ram negative": Case(with_flags("--max-ram", "-1"), "'-1' is not a size", 2),
+    "--max-ram beyond all numbers": Case(with_flags("--max-ram", "9" * 400), "is not a size", 2),
+    "--max-shard-size 0": Case(with_flags("--max-shard-size", "0"), "'0' is not a size", 2),
     "--max-shard-size nonsense": Case(with_flags("--max-shard-size", "5 bananas"), "is not a size", 2),
     "--to unknown": Case(with_flags("--to", "ggfu"), "did you mean 'gguf'?", 2),
     "--quant unknown, hf": Case(with_flags("--quant", "f17"), "did you mean 'f16'?", 2),
@@ -385,6 +387,8 @@ CASES: dict[str, Case] = {
         tampered(lambda o: os.truncate(o / "edgeport.json", 99)), "edgeport.json is not valid JSON"),
     "verify, no manifest": Case(tampered(lambda o: (o / "edgeport.json").unlink()), "has no manifest"),
     "verify, nothing there": Case(lambda f: ["verify", str(f / "out")], "out does not exist; give what the output was called"),
+    "verify, --max-kl without --against": Case(lambda f: ["verify", str(f), "--max-kl", "0"], "compare with as --against", 2),
+    "verify, --tokens negative": Case(lambda f: ["verify", str(f), "--tokens", "-5"], "greater than or equal to 2", 2),
     "verify, another manifest": Case(
         tampered(lambda o: (o / "edgeport.json").write_text('{"edgeport": 1, "files": {"a": 3}}')), "not a manifest of edgeport"),
     "verify, a manifest that names a file elsewhere": Case(

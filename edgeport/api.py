@@ -291,7 +291,7 @@ def check_base(patch: Patch, old: Source) -> None:
 
 
 def _bytes(size: str | int | None) -> int | None:
-    return parse_bytes(size) if isinstance(size, str) else size
+    return None if size is None else parse_bytes(size)
 
 
 def formats() -> dict[str, Any]:

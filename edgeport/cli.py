@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -93,6 +94,8 @@ def mistakes() -> Iterator[None]:
     except (EdgeportError, MissingExtra) as error:
         sys.stderr.write(f"edgeport: {error}\n")
         raise typer.Exit(getattr(error, "exit_code", 1)) from None
+    except BrokenPipeError:  # who reads the output has seen enough
+        raise
     except OSError as error:
         sys.stderr.write(f"edgeport: {error.strerror or error}: {error.filename or ''}\n")
         raise typer.Exit(1) from None
@@ -303,15 +306,17 @@ def _plain(value: Any) -> str:
 def verify(
     output: Annotated[Path, typer.Argument(help="An output of edgeport.")],
     against: Annotated[str | None, typer.Option("--against", help="Compare next-token distributions with this model.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to compare on.")] = 256,
-    max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL is above this.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 256,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Fail where the mean KL to --against is above this.")] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Check an output's files against its manifest and, with --against, its logits against a model's."""
     with mistakes():
+        if max_kl is not None and against is None:
+            raise UnknownName("--max-kl is of a comparison; name the model to compare with as --against")
         checked = api.verify(output, offline=offline)
-        content: dict[str, Any] = {"output": str(output), "files": dict(checked), "verified": True}
+        content: dict[str, Any] = {"output": str(output), "files": dict(checked)}
         text = f"{output}: {len(checked)} file(s) match the manifest"
         if against:
             encodes = api.encodes(against, offline=offline)
@@ -324,9 +329,10 @@ def verify(
                 found = api.compare(output, against, tokens=tokens, offline=offline)
             content["against"] = found.to_json()
             text += f"\nagainst {against}: {found.text()}"
-        emit(content, as_json, text)
         limit = (found.tolerance if max_kl is None else max_kl) if against else None
-        if limit is not None and not found.distance <= limit:
+        content["verified"] = limit is None or found.distance <= limit
+        emit(content, as_json, text)
+        if limit is not None and not content["verified"]:
             what = "the tolerance of its precision," if max_kl is None else "--max-kl"
             raise VerificationFailed(f"{found.measure} {found.distance:.4g} is above {what} {limit:g}")
 
@@ -408,4 +414,7 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def main() -> None:
     # OpenMP's threads spin while they wait, and where cores are shared they take them from the hashing thread and others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # a path may hold signs that the terminal's encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -54,11 +54,12 @@ def survival(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     patched = [fact for fact in manifest.get("per_weight", ()) if fact.get("retention") is not None]
     if not patched or not manifest.get("survival"):
         return None
+    changes = [fact["change"] for fact in patched if fact["change"] is not None]  # none of a base of zeros
     worst = sorted(patched, key=lambda fact: float(fact["retention"]))[:WORST]
     return {
         **manifest["survival"],
         "weights": len(patched),
-        "mean_change": sum(fact["change"] for fact in patched) / len(patched),
+        "mean_change": sum(changes) / len(changes) if changes else None,
         "mean_error": sum(fact["error"] for fact in patched) / len(patched),
         "rounding": dict(Counter(fact["rounding"] or "none" for fact in patched).most_common()),
         "formats": dict(Counter(fact["stored"] for fact in patched).most_common()),

@@ -35,7 +35,7 @@ class WeightFact:
     """How values became codes: "nearest" with fresh scales, or a rule on the base's own grid."""
     semantics: str | None = None
     change: float | None = None
-    """|change| / |base|"""
+    """|change| / |base|; None of a base of zeros"""
     retention: float | None = None
     error: float | None = None
     beside: bool = False

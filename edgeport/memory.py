@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
 
 from edgeport.errors import UnknownName
@@ -22,12 +23,13 @@ M_MMAP_THRESHOLD = -3  # of mallopt(3)
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from "2GB", "512MiB", "4G" or "1000". Raises UnknownName."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not match or match[2] not in UNITS:
-        raise UnknownName(f"{text!r} is not a size; write for example 2GB, 512MiB or 1000000")
-    return int(float(match[1]) * UNITS[match[2]])
+def parse_bytes(size: str | int) -> int:
+    """Bytes from "2GB", "512MiB", "4G", "1000" or 1000. Raises UnknownName."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(size).lower())
+    count = float(match[1]) * UNITS.get(match[2], 0) if match else 0
+    if not 1 <= count < inf:
+        raise UnknownName(f"{size!r} is not a size; write for example 2GB, 512MiB or 1000000")
+    return int(count)
 
 
 def in_words(count: float) -> str:

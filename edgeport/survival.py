@@ -25,13 +25,13 @@ class Survival:
             sums = products(*pieces)
             self.sums = sums if self.sums is None else self.sums.add_(sums)
 
-    def figures(self) -> tuple[float, float, float] | tuple[None, None, None]:
-        """|change| / |base|, retention, |stored - exact| / |exact|; None where nothing changed."""
+    def figures(self) -> tuple[float | None, float, float] | tuple[None, None, None]:
+        """|change| / |base| (None of a base of zeros), retention, |stored - exact| / |exact|; None where nothing changed."""
         base, exact, change, error, kept = self.sums.tolist() if self.sums is not None else [0.0] * 5
         if change == 0:
             return None, None, None
-        relative = sqrt(change / base) if base else float("inf")
-        return round(relative, 6), round(kept / change, 6), round(sqrt(error / exact), 8) if exact else 0.0
+        relative = round(sqrt(change / base), 6) if base else None
+        return relative, round(kept / change, 6), round(sqrt(error / exact), 8) if exact else 0.0
 
     def noise(self) -> float:
         """|stored - exact|^2 / |change|^2; 0 where nothing changed."""

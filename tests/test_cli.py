@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
-from bench.spoiling import HIDDEN, NORM, export, factors, model, patch, port, run, tokenizer, weights
+from bench.spoiling import HIDDEN, NORM, Q_WEIGHT, export, factors, model, patch, port, run, tokenizer, weights
 from edgeport.locate import MODEL_FILES, NOT_READ
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +190,55 @@ def test_inspect_patch(tmp_path: Path) -> None:
     assert (facts["rank"], facts["alpha"], facts["scaling"], facts["rslora"]) == ([4], 8, [2.0], False)
     assert facts["target_modules"] == ["q_proj"] and len(facts["tensors"]) == 2
     assert facts["base_fingerprint"] is None
+
+
+def test_what_is_printed_and_recorded_is_json_for_all_readers(tmp_path: Path) -> None:
+    """Of a base of zeros no change is a share."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    argv = port(tmp_path, model(tmp_path, "base", weights() | {Q_WEIGHT: np.zeros((HIDDEN, HIDDEN), np.float32)}))
+    printed = [run([*argv, "--json"]).output, run(["inspect", str(tmp_path / "out"), "--json"]).output]
+    _, inspected, manifest = (
+        json.loads(text, parse_constant=refuse) for text in (*printed, (tmp_path / "out" / "edgeport.json").read_text())
+    )
+    assert [(fact["change"], fact["retention"]) for fact in manifest["per_weight"]] == [(None, 1.0)]
+    assert inspected["survival"]["mean_change"] is None and inspected["survival"]["mean"] == 1.0
+    assert run([*argv, "--overwrite", "-v"]).code == 0
+
+
+def test_a_patch_at_no_strength_is_the_base(tmp_path: Path) -> None:
+    old, given = model(tmp_path, "old"), f"{patch(tmp_path)}:0"
+    assert run(port(tmp_path, old, given, "--old-base", str(old))).code == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (old, tmp_path / "out"))
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
+    assert run(["diagnose", "--patch", given, "--new-base", str(old), "--old-base", str(old)]).code == 0
+
+
+def test_a_failed_comparison_is_not_said_to_be_verified(tmp_path: Path) -> None:
+    base = with_tokenizer(tmp_path)
+    assert run(port(tmp_path, base)).code == 0
+    answer = run(["verify", str(tmp_path / "out"), "--against", str(base), "--max-kl", "0", "--json"])
+    assert answer.code == 1 and json.loads(answer.output)["verified"] is False
+    assert said(["verify", str(tmp_path / "out"), "--against", str(base), "--max-kl", "1"])["verified"] is True
+
+
+def test_a_terminal_that_lacks_the_signs_of_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "Gewölbe 漢"
+    folder.mkdir()
+    done = ran(child(port(folder), PYTHONIOENCODING="ascii"))
+    assert r"Gew\xf6lbe \u6f22/out" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    """`edgeport ... | head -0`: no sentence about a pipe."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "edgeport", "formats"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as done:
+        assert done.stdout is not None and done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == b""
 
 
 def test_inspect_gguf(tmp_path: Path) -> None:

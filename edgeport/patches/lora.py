@@ -70,7 +70,7 @@ class LoraPatch:
         pairs = {name for name in self.stored if (m := LOW_RANK.match(name)) and m["factor"].endswith("_A")}
         modules = {m["module"].removeprefix(PEFT_PREFIX): self.stored[name].shape[0]
                    for name in pairs if (m := LOW_RANK.match(name))}  # fmt: skip
-        scalings = sorted({self.scaling(module, rank) / self.scale for module, rank in modules.items()})
+        scalings = sorted({self.scaling(module, rank) for module, rank in modules.items()})
         return {
             "rank": sorted(set(modules.values())),
             "alpha": config.get("lora_alpha"),
@@ -83,7 +83,7 @@ class LoraPatch:
         }
 
     def scaling(self, module: str, rank: int) -> float:
-        """s of one module, its patterns matched as PEFT matches them (`get_pattern_key`), times the user's scale.
+        """s of one module, its patterns matched as PEFT matches them (`get_pattern_key`).
 
         Raises CorruptCheckpoint, ShapeMismatch.
         """
@@ -93,7 +93,7 @@ class LoraPatch:
             raise ShapeMismatch(f"{CONFIG} gives {module} the rank {rank_stated:g}, and its tensors have {rank}")
         if rank == 0:
             raise CorruptCheckpoint(f"the LoRA factors of {module} have rank 0: there is nothing to merge")
-        return float(alpha / (sqrt(rank) if self.config.get("use_rslora") else rank) * self.scale)
+        return float(alpha / (sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def pattern(self, key: str, module: str, default: float) -> float:
         for pattern, value in (self.config.get(key) or {}).items():
@@ -152,7 +152,7 @@ class LoraPatch:
                 f"the base has {list(weight.shape)}"
             )
         self.before(weight, old)
-        return LowRank(weight.name, weight.shape, down, up, self.scaling(bare, rank), transposed, self.keeps_ties)
+        return LowRank(weight.name, weight.shape, down, up, self.scaling(bare, rank) * self.scale, transposed, self.keeps_ties)
 
     def whole(self, weight: Weight, stored: Stored, old: Source | None) -> Edit:
         shape = stored.shape
