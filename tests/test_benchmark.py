@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import edgeport
+from bench.spoiling import NORM
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
 from edgeport.benchmark.runner import Tree, groups, open_runner
@@ -22,7 +24,8 @@ from edgeport.benchmark.score import answers, divergence, perplexity, same, tree
 from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
 from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 from edgeport.cli import app
-from edgeport.errors import EdgeportError, UnknownName
+from edgeport.demo import child
+from edgeport.errors import EdgeportError, NonFiniteResult, UnknownName
 from tests.conftest import TinyLlama
 
 CHOICES = [
@@ -144,6 +147,17 @@ def test_what_is_longer_than_the_model_s_positions(container: str, models: dict[
     with pytest.raises(BadQuestions, match=r"question 2 \('one block.* has positions for 128; shorten the prompt"):
         answers(runner, [CHOICES[0], long], None, None)
     assert perplexity(runner, long.prompt) > 1
+
+
+def test_a_model_that_computes_no_numbers(tiny_llama: TinyLlama) -> None:
+    """Its divergence from another is no 0, and its first option no answer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_llama("model", vocab=300)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, NORM: tensors[NORM] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteResult, match="NaN or infinity at question 1"):
+        answers(open_runner(folder), CHOICES, None, None)
 
 
 def test_groups_hold_what_they_may() -> None:
@@ -408,6 +422,50 @@ def test_mistakes_come_before_any_file(change: list[str], code: int, says: str, 
     done = run(*own, *change)
     assert (done.exit_code, (tmp_path / "out").exists()) == (code, False), done.stderr
     assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "says"), [(b"\xe9\xe0", "is not UTF-8 text"), (b" a \n", "less than 20 characters")])
+def test_a_text_that_is_none(text: bytes, says: str, own: list[str | Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(text)
+    done = run(*own, "--text", tmp_path / "text.txt")
+    assert (done.exit_code, (tmp_path / "out").exists()) == (1, False)
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_base_that_the_gate_refuses(own: list[str | Path], tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    done = run(*own, "--old-base", tiny_llama("unrelated", vocab=300, seed=5))
+    assert (done.exit_code, (tmp_path / "out").exists()) == (3, False)
+    assert "does not come from the old base" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_failure_on_the_way_keeps_its_code_and_leaves_nothing(
+    own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that runs in a process of its own, with too little memory there."""
+    port = ["port", "--new-base", str(own[1]), "--patch", str(own[3]), "--max-ram", "1MB", "-o", str(tmp_path / "port")]
+    monkeypatch.setattr(Bench, "one", lambda *_: child(["-m", "edgeport", *port]))
+    done = run(*own, "--quant", "Q8_0")
+    assert done.exit_code == 4 and "--max-ram 976.6 KiB is too small" in done.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert run(*own, "--quant", "Q8_0").exit_code == 4
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_names_that_would_break_the_tables(own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own[1])
+    one = ("ported", "bf16", 1, 1, 1, 0, 1)
+    monkeypatch.setattr(Bench, "measure", lambda _, evolution, cases: [Row(cases[0].name, evolution.name, *one)])
+    (tmp_path / "a|b.jsonl").write_text(GOOD)
+    assert run(*own, "--model", ".", "--questions", tmp_path / "a|b.jsonl").exit_code == 0
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert lines[2].startswith(r"| a\|b | evolved |") and len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[:3]}) == 1
+
+
+def test_more_questions_than_a_suite_has(tmp_path: Path) -> None:
+    done = run("--limit", 100_000, "-o", tmp_path / "out")
+    assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert "--limit 100000 is more than there is" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_unknown_suite_and_present_results(own: list[str | Path], tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,12 @@ from edgeport import api
 from edgeport.benchmark.page import page
 from edgeport.benchmark.questions import read_questions
 from edgeport.benchmark.results import Results
+from edgeport.benchmark.score import read_text
 from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, Say
 from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.errors import NotACheckpoint, OutputExists, UnknownName
+from edgeport.errors import OutputExists, UnknownName
+from edgeport.gate import gate
 
 PRECISIONS = ("bf16", "Q8_0", "Q4_K_M")
 SUITES = {"triage": "the demo's model, evolution and patch; ICD-10-CM triage to 8 departments"}
@@ -38,8 +41,8 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
               offline: bool, command: str, say: Say) -> Results:  # fmt: skip
     """Measure a patch on a user's model. Every mistake in the input is raised before a file is made."""
     questions = read_questions(own.questions)[:limit]
-    if text is not None and not text.read_text(encoding="utf-8").strip():
-        raise NotACheckpoint(f"--text {text} is empty; give a text of some hundred words")
+    if text is not None:
+        read_text(text)
     precisions = [Precision.parse(one) for one in quants or PRECISIONS]
     check_output(output, overwrite)
     # ports go into a folder that is made only when all is well; the one it will be in has the same disk
@@ -47,19 +50,22 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
     for base, patch, old in (
         (own.model, own.patch, own.old_base), (own.old_base, own.patch, own.old_base), (own.model, own.refit, own.model),
     ):  # fmt: skip
-        for precision in precisions:
-            if base is not None and patch is not None:
-                place = precision.path(standing, ".planned")
-                api.plan(
-                    new_base=base, patch=patch, old_base=old, output=place, to=precision.container, quant=precision.quant,
-                    offline=offline,
-                )  # fmt: skip
+        if base is None or patch is None:
+            continue
+        plans = [
+            api.plan(
+                new_base=base, patch=patch, old_base=old, output=precision.path(standing, ".planned"), to=precision.container,
+                quant=precision.quant, offline=offline,
+            )
+            for precision in precisions
+        ]  # fmt: skip
+        gate(plans[0], force=False)
     case = Case(own.questions.stem, questions, own.patch, own.refit)
-    evolution = Evolution(Path(own.model).name, own.model, own.old_base)
+    evolution = Evolution(Path(own.model).name or Path(own.model).resolve().name, own.model, own.old_base)
     tasks = [facts(case, case.name, own.questions.name)]
     extra = ["--offline"] if offline else []
     with working(output) as folder:
-        rows = list(Bench(Path(folder), precisions, text, extra, say).measure(evolution, [case]))
+        rows = list(Bench(folder, precisions, text, extra, say).measure(evolution, [case]))
     return written(Results(command, tasks, None, rows), output)
 
 
@@ -71,12 +77,16 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
         raise UnknownName(f"no suite is called {name}; there is {known}")
     precisions = [Precision.parse(one) for one in quants or PRECISIONS]
     check_output(output, overwrite)
-    case = Case("triage", asked("triage", "test", limit or 400, seed), str(ADAPTERS / "triage"))
+    try:
+        questions = asked("triage", "test", limit or 400, seed)
+    except ValueError as error:
+        raise UnknownName(f"--limit {limit} is more than there is: {error}") from error
+    case = Case("triage", questions, str(ADAPTERS / "triage"))
     with working(output) as folder:
-        evolved = str(Path(folder) / "evolved")
+        evolved = str(folder / "evolved")
         api.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16", offline=True)
         evolution = Evolution("LoRA r8", evolved, str(packaged_model()))
-        rows = list(Bench(Path(folder), precisions, None, ["--offline"], say).measure(evolution, [case]))
+        rows = list(Bench(folder, precisions, None, ["--offline"], say).measure(evolution, [case]))
     return written(Results(command, [facts(case, TASKS["triage"].title, TASKS["triage"].source)], seed, rows), output)
 
 
@@ -94,10 +104,18 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputExists(f"{output} has {', '.join(present)} already; give another -o or --overwrite")
 
 
-def working(output: Path) -> TemporaryDirectory[str]:
-    """A folder for models in work, beside the results: they may be larger than what /tmp holds."""
+@contextmanager
+def working(output: Path) -> Iterator[Path]:
+    """A folder for models in work, beside the results: they may be larger than what /tmp holds. A failure leaves nothing."""
+    anew = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    return TemporaryDirectory(prefix=".work-", dir=output)
+    try:
+        with TemporaryDirectory(prefix=".work-", dir=output) as folder:
+            yield Path(folder)
+    except BaseException:
+        if anew:
+            output.rmdir()
+        raise
 
 
 def written(results: Results, output: Path) -> Results:

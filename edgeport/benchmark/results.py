@@ -111,7 +111,8 @@ class Results:
     def markdown(self) -> str:
         """A table of all rows."""
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.of_first_patches]
+        rows = ([cell.replace("|", "\\|") for cell in cells(row)] for row in self.of_first_patches)
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
         told = [f"on {number}: {in_one_line(one)}" for number, one in enumerate(self.machines, 1)]
         lines += ["", *(f"- {note}" for note in (*told, *self.notes))]
         return "\n".join(lines) + "\n"

@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgeport.benchmark.questions import Asked, BadQuestions, Choice, Generation, read_questions
 from edgeport.benchmark.runner import Judged, Runner, Tree, open_runner
-from edgeport.errors import EdgeportError, MissingExtra
+from edgeport.errors import EdgeportError, MissingExtra, NonFiniteResult, NotACheckpoint
 from edgeport.memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 KL_QUESTIONS = 256
 CHUNK_TOKENS, CHUNKS = 256, 8
+LEAST_SIGNS = 20
+"""Characters of a text that surely are two tokens or more."""
 SPARE_TOKENS = 3
 """Tokens beyond the longest target that a model may write before its answer is cut off."""
 
@@ -78,6 +80,8 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
         kept = stack.enter_context(open(keep, "wb")) if keep else None
         reference = stack.enter_context(open(against, "rb")) if against else None
         for number, (question, judged) in enumerate(zip(questions, runner.judge(trees), strict=True)):
+            if not all(map(isfinite, judged.loglikelihoods)):
+                raise NonFiniteResult(f"the model computes NaN or infinity at question {number + 1}; its weights are damaged")
             if isinstance(question, Choice):
                 right[number] = judged.loglikelihoods.index(max(judged.loglikelihoods)) == question.answer
             if number < KL_QUESTIONS:
@@ -108,6 +112,17 @@ def divergence(reference: BinaryIO, judged: Judged) -> float:
     return max(0.0, float((np.exp(row) * (row - judged.first)).sum(dtype=np.float64)))
 
 
+def read_text(path: Path) -> str:
+    """A text to take the perplexity of. Raises NotACheckpoint."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NotACheckpoint(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if len(text.strip()) < LEAST_SIGNS:
+        raise NotACheckpoint(f"--text {path} has less than {LEAST_SIGNS} characters; give a text of some hundred words")
+    return text
+
+
 def perplexity(runner: Runner, text: str) -> float:
     """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own."""
     ids = runner.encode(text)
@@ -136,7 +151,7 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
         found = answers(runner, questions, task["keep"], task["against"])
         results.append({**found, "seconds": time.perf_counter() - began})
     peak = peak_bytes()  # before a whole text's logits
-    text = Path(job["text"]).read_text(encoding="utf-8") if job["text"] else None
+    text = read_text(Path(job["text"])) if job["text"] else None
     return {
         "tasks": results, "load_seconds": loaded, "peak_ram_bytes": peak,
         "perplexity": perplexity(runner, text) if text else None,

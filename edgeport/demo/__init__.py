@@ -126,5 +126,8 @@ def child(arguments: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
         complaint = done.stderr.strip().splitlines() or ["no message"]
-        raise EdgeportError(f"python {' '.join(arguments)} failed: {complaint[-1]}")
+        failed = EdgeportError(f"python {' '.join(arguments)} failed: {complaint[-1]}")
+        # what edgeport itself says has its code; a signal is no more than a failure
+        failed.exit_code = max(done.returncode, 1)
+        raise failed
     return dict(json.loads(done.stdout))
