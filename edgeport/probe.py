@@ -99,7 +99,7 @@ def open_tokenizer(source: Source) -> Tokenizer | None:
         if path is None:
             return None
         try:
-            tokenizer: Tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer: Tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # tokenizers raises nothing narrower
             raise CorruptCheckpoint(f"the tokenizer.json of {source.path.name} cannot be read ({error})") from error
     tokenizer.no_truncation()

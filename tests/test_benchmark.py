@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,15 +18,18 @@ from typer.testing import CliRunner
 
 import edgeport
 from bench.spoiling import NORM
+from edgeport.benchmark.harness import rolling
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
 from edgeport.benchmark.runner import Tree, groups, open_runner
-from edgeport.benchmark.score import answers, divergence, perplexity, same, tree
+from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
 from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
 from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 from edgeport.cli import app
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, NonFiniteResult, UnknownName
+from edgeport.locate import open_model
+from edgeport.probe import open_tokenizer
 from tests.conftest import TinyLlama
 
 CHOICES = [
@@ -147,6 +151,34 @@ def test_what_is_longer_than_the_model_s_positions(container: str, models: dict[
     with pytest.raises(BadQuestions, match=r"question 2 \('one block.* has positions for 128; shorten the prompt"):
         answers(runner, [CHOICES[0], long], None, None)
     assert perplexity(runner, long.prompt) > 1
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_a_text_with_nothing_before_it(container: str, models: dict[str, Path]) -> None:
+    """As lm-evaluation-harness asks for: after the start token, and a long text in windows that the model has positions for."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    runner, text = open_runner(models[container]), " the patch is added to the base" * 30
+    ids = [1, *AutoTokenizer.from_pretrained(models["hf"])(text)["input_ids"]]
+    model = AutoModelForCausalLM.from_pretrained(models["hf"])
+    expected = []
+    for at in range(0, len(ids) - 1, runner.positions):
+        window = torch.tensor([ids[at : at + runner.positions + 1]])
+        with torch.no_grad():
+            logs = model(window[:, :-1]).logits[0].log_softmax(-1)
+        expected.append(logs.gather(1, window[0, 1:, None])[:, 0])
+    assert len(expected) > 1
+    assert rolling(runner, text) == pytest.approx(torch.cat(expected).sum().item(), rel=1e-3)
+    (judged,) = runner.judge([pair(runner, "", " the patch")])
+    count = len(runner.encode(" the patch"))
+    assert judged.loglikelihoods[0] == pytest.approx(expected[0][:count].sum().item(), abs=2e-2)
+
+
+def test_paths_that_are_no_unicode(models: dict[str, Path], tmp_path: Path) -> None:
+    folder, file = (models[name].rename(tmp_path / os.fsdecode(b"\xff" + name.encode())) for name in ("hf", "gguf"))
+    tokenizer = open_tokenizer(open_model(folder))
+    assert tokenizer is not None and open_runner(file).encode("the patch") == tokenizer.encode("the patch").ids
 
 
 def test_a_model_that_computes_no_numbers(tiny_llama: TinyLlama) -> None:

@@ -33,6 +33,8 @@ class FolderRunner:
         if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
             self.model.to(self.device)
         self.window = sliding_window(self.model.config)
+        start = self.tokenizer.bos_token_id
+        self.start = int(self.tokenizer.eos_token_id if start is None else start)
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:

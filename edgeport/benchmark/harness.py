@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgeport.benchmark.runner import Judged, Tree, open_runner
+from edgeport.benchmark.runner import Runner, Tree, open_runner
 from edgeport.benchmark.score import pair
 from edgeport.errors import need
 
@@ -38,12 +38,7 @@ def register() -> None:
             return [(judged.loglikelihoods[0], judged.greedy[0]) for judged in self.runner.judge(trees)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            return [sum(judged.loglikelihoods[0] for judged in self.windows(request.args[0])) for request in requests]
-
-        def windows(self, text: str) -> list[Judged]:
-            ids = self.runner.encode(text)
-            starts = range(0, len(ids) - 1, WINDOW)
-            return list(self.runner.judge([Tree(ids[at : at + 1], [ids[at + 1 : at + 1 + WINDOW]]) for at in starts]))
+            return [rolling(self.runner, request.args[0]) for request in requests]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             return [self.written(*request.args) for request in requests]
@@ -56,6 +51,14 @@ def register() -> None:
             return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
 
     registry.register_model("edgeport")(Edgeport)
+
+
+def rolling(runner: Runner, text: str) -> float:
+    """Log-likelihood in nats of all of a text's tokens, each window of them after the one token before it."""
+    ids = [*(() if runner.encode("") else (runner.start,)), *runner.encode(text)]
+    width = min(WINDOW, runner.positions)
+    trees = [Tree(ids[at : at + 1], [ids[at + 1 : at + 1 + width]]) for at in range(0, len(ids) - 1, width)]
+    return sum(judged.loglikelihoods[0] for judged in runner.judge(trees))
 
 
 def main() -> None:

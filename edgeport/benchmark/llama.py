@@ -27,12 +27,14 @@ class LlamaRunner:
         self.llama: Any = need("llama_cpp", "gguf")
         self.numpy: Any = need("numpy", "gguf")
         silence(self.llama)
-        self.model = self.llama.llama_model_load_from_file(str(path).encode(), self.llama.llama_model_default_params())
+        self.model = self.llama.llama_model_load_from_file(os.fsencode(path), self.llama.llama_model_default_params())
         if not self.model:
             raise NotACheckpoint(f"llama.cpp cannot load {path}; does `edgeport inspect` name an architecture that it has?")
         self.vocabulary = self.llama.llama_model_get_vocab(self.model)
         self.size = self.llama.llama_vocab_n_tokens(self.vocabulary)
         self.positions = int(self.llama.llama_model_n_ctx_train(self.model))
+        start, end = (int(of(self.vocabulary)) for of in (self.llama.llama_vocab_bos, self.llama.llama_vocab_eos))
+        self.start = start if start >= 0 else end
 
     def encode(self, text: str) -> list[int]:
         data = text.encode()

@@ -26,6 +26,8 @@ class OnnxRunner:
         ends = source.config.get("eos_token_id") or ()
         controls = (token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
         self.ends = {*([ends] if isinstance(ends, int) else ends), *controls}
+        start = source.config.get("bos_token_id")
+        self.start = start if isinstance(start, int) else min(self.ends, default=0)
         self.runner = Runner(path, threads=threads())
         self.positions = self.runner.positions
 

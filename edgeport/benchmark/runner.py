@@ -66,6 +66,11 @@ class Runner(Protocol):
         """Tokens that a text may have."""
         ...
 
+    @property
+    def start(self) -> int:
+        """The token that stands before a text of which there is nothing before: the start's, or else the end's."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with a start token where the model wants one."""
         ...

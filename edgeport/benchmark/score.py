@@ -51,7 +51,7 @@ def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
     if not all(branches):
         lost = continuations[branches.index([])]
         raise BadQuestions(f"{lost!r} adds no token to the prompt {stem[-40:]!r}; begin options and targets with a space")
-    return Tree(ids, branches)
+    return Tree(ids or [runner.start], branches)
 
 
 def check_lengths(runner: Runner, questions: Sequence[Asked], trees: Sequence[Tree], longest: int) -> None:

@@ -62,7 +62,7 @@ def ask(model: Path, asked: Sequence[Question]) -> list[int]:
     """The option that the model finds likeliest, for each question."""
     llama: Any = need("llama_cpp", "gguf")
     silence(llama)
-    loaded = llama.llama_model_load_from_file(str(model).encode(), llama.llama_model_default_params())
+    loaded = llama.llama_model_load_from_file(os.fsencode(model), llama.llama_model_default_params())
     context = llama.llama_init_from_model(loaded, settings(llama))
     vocabulary = llama.llama_model_get_vocab(loaded)
     firsts = [[tokenize(llama, vocabulary, option)[0] for option in question.options] for question in asked]
