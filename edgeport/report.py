@@ -34,9 +34,16 @@ def _terminal(total: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=Console(stderr=True), transient=True) as shown:
+    console = Console(stderr=True)
+    # one line whatever the width: the bar is a share of it, and the name is cut to what is left
+    columns = (
+        BarColumn(console.width // 5), DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )  # fmt: skip
+    with Bar(*columns, console=console, transient=True, expand=True) as shown:
         task = shown.add_task("", total=total)
         yield lambda weight, nbytes: shown.update(task, description=weight, advance=nbytes)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
 from bench.spoiling import HIDDEN, NORM, Q_WEIGHT, export, factors, model, patch, port, run, tokenizer, weights
 from edgeport.locate import MODEL_FILES, NOT_READ
+from edgeport.report import bar
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "tokenizers", "sentencepiece", "gguf", "llama_cpp", "onnxruntime", "huggingface_hub"}
@@ -229,6 +232,25 @@ def test_a_terminal_that_lacks_the_signs_of_a_path(tmp_path: Path) -> None:
     folder.mkdir()
     done = ran(child(port(folder), PYTHONIOENCODING="ascii"))
     assert r"Gew\xf6lbe \u6f22/out" in done.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_progress_takes_one_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    with bar(4 << 30, True) as progress:
+        progress("model.layers.22.mlp.gate_proj.weight", 1 << 30)
+    plain = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.getvalue())
+    frames = [frame for frame in re.split(r"[\r\n]+", plain) if frame.strip()]
+    assert {len(frame) for frame in frames} == {columns}
+    assert "1.0/4.0 GiB" in frames[-1] and "model.lay" in frames[-1]
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
