@@ -246,12 +246,14 @@ def check_budget(limits: Limits) -> None:
 
 def describe_inputs(plan: Plan) -> dict[str, Any]:
     """Name, hash and fingerprint of everything that went in."""
-    models = {"new_base": plan.source} | ({"old_base": plan.old} if plan.old else {})
+    models = {"new_base": plan.source} | ({"old_base": plan.made_on} if plan.made_on else {})
+    beside = {"imatrix": plan.target.imatrix, "calibration": plan.method.calibration}
     patches = [
         {"name": patch.path.name, "kind": patch.kind, "scale": patch.scale, "sha256": hashes(patch.files)}
         for patch in plan.patches
     ]
-    return {**described(models), "patches": patches}
+    files = {role: {"name": path.name, "sha256": hashes([path])} for role, path in beside.items() if path}
+    return {**described(models), **files, "patches": patches}
 
 
 def make_receipt(

@@ -468,6 +468,8 @@ def test_semantics(tmp_path: Path) -> None:
         manifest = json.loads((tmp_path / name / "edgeport.json").read_text())
         told = next(fact["semantics"] for fact in manifest["per_weight"] if fact["weight"] == NORM)
         assert told == ("delta" if name in ("with", "delta") else "operator")
+        # the gate looked at the old base whatever the semantics
+        assert manifest["inputs"].keys() == {"new_base", "patches"} | ({"old_base"} if more else set())
     assert np.allclose(found["operator"], 3) and np.array_equal(found["operator"], found["without"])
     assert np.allclose(found["delta"], 4) and np.array_equal(found["delta"], found["with"])
     refused = run(port(tmp_path, new, given, "--semantics", "delta", to="refused"))

@@ -17,6 +17,7 @@ from edgeport import probing
 from edgeport.effect import measure, models, probe, share
 from edgeport.errors import BudgetTooSmall, CorruptCheckpoint, NonFiniteResult, NotACheckpoint, PatchLost, VerificationFailed
 from edgeport.locate import open_model
+from edgeport.manifest import hashes
 from edgeport.probe import probe_tokens
 from edgeport.probing import Job
 from tests.conftest import TinyLlama
@@ -155,6 +156,8 @@ def test_a_text_of_one_s_own(base: Path, patch: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     common: dict[str, Any] = {"patch": patch, "new_base": base, "to": "gguf", "quant": "Q8_0"}
     receipt = edgeport.port(**common, output=tmp_path / "a.gguf", calibration=tmp_path / "text.txt")
+    inputs = json.loads((tmp_path / "a.gguf.edgeport.json").read_text())["inputs"]
+    assert inputs["calibration"] == {"name": "text.txt", "sha256": hashes([tmp_path / "text.txt"])}
     assert receipt.probe is not None and receipt.probe.text == "text.txt"
     packaged = edgeport.port(**common, output=tmp_path / "b.gguf")
     assert packaged.probe is not None and packaged.probe.perplexity["base"] != receipt.probe.perplexity["base"]
