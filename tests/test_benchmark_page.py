@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,25 @@ def shown(browser: Any, tmp_path: Path) -> Iterator[Any]:
     assert mistakes == []
     assert [url for url in requests if not url.startswith("file:")] == []
     context.close()
+
+
+def test_names_longer_than_a_phone_is_wide(browser: Any, tmp_path: Path) -> None:
+    found, name = results(), "a-model-and-its-questions-" * 4 + "x" * 60
+    rows = [replace(row, task=name, evolution=row.evolution + name) for row in found.rows if row.task == "triage"]
+    tasks = [{**found.tasks[0], "name": name, "title": name, "source": name}]
+    (tmp_path / "results.html").write_text(page(replace(found, rows=rows, tasks=tasks)), encoding="utf-8")
+    with closing(browser.new_page(viewport=PHONE)) as opened:
+        opened.goto((tmp_path / "results.html").as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        button = opened.locator("#theme").bounding_box()
+    assert button["width"] > button["height"]
+
+
+def test_the_sentence_is_about_one_evolution(shown: Any) -> None:
+    press(shown, "evolution", "</script><b>full")
+    shown.evaluate("results.rows = results.rows.filter(row => row.evolution !== 'LoRA' || row.model !== 're-tuned'); render()")
+    told = shown.locator("#answer").inner_text()
+    assert "base (LoRA)" in told and "training again" not in told
 
 
 def press(shown: Any, group: str, name: str) -> None:
