@@ -40,7 +40,8 @@ def converse(
     with (
         TemporaryFile("w+") as complaints,
         subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True,
+            # -P: what lies in the folder at hand is no program of ours
+            [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True,
             pass_fds=handles,
         ) as child,
     ):  # fmt: skip

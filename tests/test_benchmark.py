@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import edgeport
 from bench.spoiling import NORM
+from edgeport.aside import ask
 from edgeport.benchmark.harness import rolling
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
@@ -266,7 +267,7 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatc
     assert entry(command, precision, case, tmp_path / "text") not in bench.finished()
 
     def made(arguments: Sequence[str]) -> None:
-        raise EdgeportError(f"made {arguments[3]}")
+        raise EdgeportError(f"made {arguments[4]}")
 
     monkeypatch.setattr("edgeport.benchmark.suite.child", made)
     with pytest.raises(EdgeportError, match="made new"):
@@ -286,6 +287,21 @@ def test_precisions_know_their_container(text: str, expected: tuple[str, str]) -
 def test_a_precision_that_means_nothing(text: str) -> None:
     with pytest.raises(UnknownName, match="CONTAINER:TYPE"):
         Precision.parse(text)
+
+
+def test_the_folder_at_hand_is_no_place_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of edgeport's own reads no module that lies where the user happens to be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("open('read', 'w')")
+    case, precision = Case("t", CHOICES, "patch"), Precision("gguf", "bf16")
+    bench = Bench(tmp_path, [precision])
+    write_questions(bench.questions(case), CHOICES)
+    with pytest.raises(EdgeportError, match="nowhere does not exist"):
+        list(bench.one("e", [case], "evolved base", precision, ["export", "./nowhere"]))
+    with pytest.raises(EdgeportError, match="nowhere does not exist"):
+        bench.ask(tmp_path / "nowhere", [case], "keep")
+    assert "KeyError" in ask("edgeport.effect", {}, lambda text: None)
+    assert not (tmp_path / "read").exists()
 
 
 # Questions.

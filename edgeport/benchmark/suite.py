@@ -142,7 +142,7 @@ class Bench:
         with TemporaryDirectory(prefix="model-", dir=self.folder) as folder:
             place = precision.path(Path(folder), "model")
             arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
-            receipt = child(["-m", "edgeport", *arguments, "--json", "--no-progress"])
+            receipt = child(["-P", "-m", "edgeport", *arguments, "--json", "--no-progress"])
             found = self.ask(place, cases, "keep" if first else "against")
         patched = model not in (OLD, EVOLVED)
         for key, case, answers in zip(told, cases, found["tasks"], strict=True):
@@ -175,7 +175,7 @@ class Bench:
         ]
         job = {"model": str(model), "text": str(self.text) if self.text else None, "tasks": tasks}
         done = subprocess.run(
-            [sys.executable, "-m", "edgeport.benchmark.score"], input=json.dumps(job), capture_output=True, text=True
+            [sys.executable, "-P", "-m", "edgeport.benchmark.score"], input=json.dumps(job), capture_output=True, text=True
         )
         if done.returncode:
             complaint = done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and no message"]

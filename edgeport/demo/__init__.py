@@ -109,8 +109,8 @@ def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
     for model, file, command, runs in jobs:
         line = [*command, "-o", str(folder / file), "--offline", *(["--overwrite"] if overwrite else [])]
         say(f"edgeport {' '.join(line)}", not watch)
-        receipt = child(["-m", "edgeport", *line, "--json", "--no-progress"])
-        asked = child(["-m", "edgeport.demo.ask", str(folder / file)]) if runs else {}
+        receipt = child(["-P", "-m", "edgeport", *line, "--json", "--no-progress"])
+        asked = child(["-P", "-m", "edgeport.demo.ask", str(folder / file)]) if runs else {}
         rows.append(
             Row(
                 model, file, receipt["bytes_out"], receipt["seconds"], receipt["peak_ram_bytes"],
