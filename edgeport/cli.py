@@ -414,6 +414,11 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def main() -> None:
     # OpenMP's threads spin while they wait, and where cores are shared they take them from the hashing thread and others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # who starts it may have closed streams, whose numbers the first files that are opened would get
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(spare)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     # a path may hold signs that the terminal's encoding lacks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -234,6 +234,14 @@ def test_a_terminal_that_lacks_the_signs_of_a_path(tmp_path: Path) -> None:
     assert r"Gew\xf6lbe \u6f22/out" in done.stdout
 
 
+def test_closed_streams(tmp_path: Path) -> None:
+    """Nothing that is printed goes into a file that has got a stream's number."""
+    argv = [sys.executable, "-m", "edgeport", *port(tmp_path), "-v"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *argv], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert run(["verify", str(tmp_path / "out")]).code == 0
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
