@@ -24,6 +24,7 @@ from edgeport.aside import Watch, attend
 from edgeport.checkpoint import fill
 from edgeport.effect import models
 from edgeport.forward import Streamed, multiply, stream
+from edgeport.memory import return_freed_blocks
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job, read_text, window_length
 from edgeport.seams import Source
@@ -224,6 +225,7 @@ def calibration_tokens(source: Source, job: Job) -> Tensor:
 
 
 def main(packed: dict[str, Any], watch: Watch) -> Iterator[dict[str, Any]]:
+    return_freed_blocks()
     yield from calibrate(pickle.loads(b64decode(packed["course"])), watch)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.aside import converse, within
 from edgeport.checkpoint import fill
 from edgeport.errors import VerificationFailed
-from edgeport.memory import MIB
+from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.probing import PROCESS_BYTES, Job, hindered, window_bytes, window_length
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
@@ -35,7 +35,7 @@ EMPHASIS = 6.0
 """Strength of a direction that a patch reads, relative to an average direction of the text."""
 BFLOAT16_BYTES = 2
 ACTIVATION_BYTES = 256 * MIB
-"""Of windows that go through the model at once, where memory is not bounded: each time all weights are decoded."""
+"""Of windows that go through the model at once: for each lot of them all weights are decoded."""
 LITTLE = 48 * MIB
 """Activations that a process in which transformers is loaded may take itself, so that a port's memory remains its own."""
 
@@ -45,31 +45,45 @@ def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Ru
 
     Raises MissingExtra, BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
     """
-    need = PROCESS_BYTES + text_bytes(source.config, windows_at_once(source.config, limits))
-    hindrance = hindered(source, limits, need, "running a text through the model")
+    tokens = affordable(source.config, limits)
+    hindrance = hindered(source, limits, PROCESS_BYTES + text_bytes(source.config, tokens), "running a text through the model")
     if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
         raise hindrance
-    return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, TOKENS, seed), str(hindrance) if hindrance else None
+    return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, tokens, seed), str(hindrance) if hindrance else None
 
 
-def windows_at_once(config: Mapping[str, Any], limits: Limits) -> int:
-    """How many windows of the text go through the model together."""
+def affordable(config: Mapping[str, Any], limits: Limits) -> int:
+    """Tokens of text: TOKENS, or as many windows as --max-ram has room for, or one."""
+    if limits.ram is None:
+        return TOKENS
+    length, room = window_length(config), limits.ram - IMPORT_BYTES - PROCESS_BYTES
+    windows = (TOKENS, *range(TOKENS // length * length, 0, -length))
+    return next((tokens for tokens in windows if text_bytes(config, tokens) <= room), length)
+
+
+def windows_at_once(config: Mapping[str, Any]) -> int:
+    """How many windows of the text go through the model together. Not for --max-ram to change: it shows in the last bits."""
     length = window_length(config)
-    fitting = 1 if limits.ram is not None else ACTIVATION_BYTES // max(window_bytes(length, config), 1)
-    return max(min(fitting, TOKENS // length), 1)
+    return int(max(min(ACTIVATION_BYTES // max(window_bytes(length, config), 1), TOKENS // length), 1))
 
 
-def text_bytes(config: Mapping[str, Any], windows: int) -> int:
-    """Activations at their highest: of the windows that run, and what the others hold while they wait in a layer."""
+def text_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Activations at their highest: of the windows that run, and what the others hold while they wait in a layer.
+
+    That is at most what a layer was given and makes of it, and either the scores of attention or the wide inputs.
+    """
     hidden = int(config.get("hidden_size") or 0)
     wide = int(config.get("intermediate_size") or 4 * hidden)
-    return windows * window_bytes(window_length(config), config) + 4 * TOKENS * (3 * hidden + 2 * wide)
+    heads = int(config.get("num_attention_heads") or 1)
+    length = window_length(config)
+    running = min(windows_at_once(config), max(tokens // length, 1))
+    return running * window_bytes(length, config) + 4 * tokens * (4 * hidden + max(2 * wide, heads * length))
 
 
 def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:
     """Of the file without a name that holds the inputs of all layers whose rounding will, or may, ask for them."""
     chosen = [replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps]
-    sizes = [BFLOAT16_BYTES * TOKENS * step.target.columns for step in chosen if sees_inputs(step)]
+    sizes = [BFLOAT16_BYTES * rule.tokens * step.target.columns for step in chosen if sees_inputs(step)]
     # of all layers the exact port's, and of one the port's that is being made, and how they differ
     return sum(sizes) + 2 * max(sizes, default=0)
 
@@ -116,11 +130,10 @@ class Activations:
         plan = self.plan
         self.handle, name = mkstemp(dir=plan.target.output.parent)
         os.unlink(name)  # so that nothing is left of it whatever happens
-        config, limits = plan.source.config, plan.limits
         stored = {step.target.name: step.target for step in steps if not step.copied}
-        course = Course(job_of(plan), weights, stored, written, self.handle, windows_at_once(config, limits))
-        little = text_bytes(config, course.windows) <= LITTLE
-        if "transformers" in sys.modules and limits.ram is None and little:
+        course = Course(job_of(plan), weights, stored, written, self.handle, windows_at_once(plan.source.config))
+        little = text_bytes(plan.source.config, plan.rule.tokens) <= LITTLE
+        if "transformers" in sys.modules and plan.limits.ram is None and little:
             self.answers = within(calibrate(course, self.watch))
         else:
             self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
@@ -189,6 +202,6 @@ def job_of(plan: Plan) -> Job:
     """The exact port, and the text to run through it."""
     return Job(
         base=str(plan.source.path), old=str(plan.old.path) if plan.old else None,
-        patches=tuple((str(patch.path), patch.scale) for patch in plan.patches), output="", adapter=None, tokens=TOKENS,
-        text=str(plan.method.calibration) if plan.method.calibration else None,
+        patches=tuple((str(patch.path), patch.scale) for patch in plan.patches), output="", adapter=None,
+        tokens=plan.rule.tokens, text=str(plan.method.calibration) if plan.method.calibration else None,
     )  # fmt: skip

@@ -98,7 +98,7 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
         "versions": versions(),
         "command": {
             "method": plan.method.to_json(), "scales": [patch.scale for patch in plan.patches],
-            "steps": digest_of(steps),
+            "steps": digest_of(steps), "tokens": plan.rule.tokens,
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
-from edgeport.calibration import rule_for, scratch_bytes
+from edgeport.calibration import TOKENS, rule_for, scratch_bytes, sees_inputs
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -203,15 +203,19 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *notes_on_columns(beside), *sink.notes, *notes_on_rounding(steps, hindrance)),
+        notes=(*notes_on(work), *notes_on_columns(beside), *sink.notes, *notes_on_rounding(steps, rule, hindrance)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
 
-def notes_on_rounding(steps: Sequence[Step], hindrance: str | None) -> list[str]:
-    """Why a patch on a grid is rounded at random alone."""
+def notes_on_rounding(steps: Sequence[Step], rule: Rule, hindrance: str | None) -> list[str]:
+    """Why a patch on a grid is rounded at random alone, or with less of a text than there is."""
     by_chance = any(step.rounding == UNCALIBRATED and is_linear(step.target) for step in steps)
-    return [f"no text is run through the model to guide the rounding: {hindrance}"] if hindrance and by_chance else []
+    if hindrance and by_chance:
+        return [f"no text is run through the model to guide the rounding: {hindrance}"]
+    if rule.tokens < TOKENS and any(map(sees_inputs, steps)):
+        return [f"--max-ram has room for {rule.tokens} of {TOKENS} tokens of the text that guides the rounding"]
+    return []
 
 
 Work = tuple[str, Weight, tuple[Edit, ...]]

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 import edgeport
 from edgeport.activations import PROBED, Course, Place, calibrate
 from edgeport.aside import converse
+from edgeport.calibration import TOKENS
 from edgeport.demo import ADAPTERS, packaged_model
 from edgeport.errors import NotACheckpoint, VerificationFailed
 from edgeport.locate import open_model
+from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.probe import packaged_text, probe_tokens
-from edgeport.probing import Job
+from edgeport.probing import PROCESS_BYTES, Job
 from edgeport.registry import codec
 from edgeport.rounding import Inputs, on_grid
 from edgeport.rounding.patch_aware import DAMPING, descend, refit, rounding
@@ -257,3 +259,15 @@ def test_a_model_that_cannot_be_run_is_rounded_by_chance_or_refused(tiny_llama: 
     with pytest.raises(VerificationFailed, match=r"cannot see what the layers are given .* use --rounding stochastic"):
         edgeport.port(patch=patch, new_base=base, output=tmp_path / "no", rounding="patch-aware")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_tight_budget_takes_less_of_the_text_and_says_so(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    common: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out"}
+    rooms = (99 * MIB, 8 * MIB, 0)
+    plenty, tight, least = (edgeport.plan(**common, max_ram=IMPORT_BYTES + PROCESS_BYTES + room) for room in rooms)
+    assert plenty.rule.tokens == edgeport.plan(**common).rule.tokens == TOKENS
+    assert 128 < tight.rule.tokens < TOKENS and not tight.rule.tokens % 128
+    assert any(f"room for {tight.rule.tokens} of {TOKENS} tokens" in note for note in tight.notes)
+    rules = [{step.rounding for step in plan.steps if step.edits} for plan in (plenty, tight, least)]
+    assert rules == [{"patch-aware"}, {"patch-aware"}, {"stochastic"}]
