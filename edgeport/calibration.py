@@ -130,7 +130,8 @@ class Activations:
         plan = self.plan
         self.handle, name = mkstemp(dir=plan.target.output.parent)
         os.unlink(name)  # so that nothing is left of it whatever happens
-        stored = {step.target.name: step.target for step in steps if not step.copied}
+        # an adapter beside the model takes back each weight's errors, also those that would make up for others'
+        stored = {step.target.name: step.target for step in steps if not step.copied and not plan.adapter}
         course = Course(job_of(plan), weights, stored, written, self.handle, windows_at_once(plan.source.config))
         little = text_bytes(plan.source.config, plan.rule.tokens) <= LITTLE
         if "transformers" in sys.modules and plan.limits.ram is None and little:
