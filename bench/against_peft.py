@@ -7,7 +7,8 @@ exact port and perplexity on edgeport's probe text, the process's peak memory (V
 PEFT's model is taken as it is right after the merge: on CPUs with AVX512-BF16 the first forward turns the weights over
 in place, after which their codes mean nothing. Its 4-bit numbers are written out as float32, since transformers 5.23 does not
 save a model that it has loaded from a bitsandbytes checkpoint; that writing is in neither its time nor its peak. Of edgeport
-both are of the whole process, from the interpreter's start to the synced output, but for the probe of the result.
+both are of the whole process, from the interpreter's start to the synced output, but for the probe of the result; what the
+process that runs the rounding's text takes at its highest is added.
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ def measure(format: str, evolved: Path, folder: Path) -> list[Row]:
     port = ["port", "--patch", str(TRIAGE), "--new-base", str(base), "-o", str(ours), "--no-probe", "--json", "--no-progress"]
     receipt = child(["-m", "edgeport", *port])
     whole = time.perf_counter() - began
+    peak = receipt["peak_ram_bytes"] + (receipt["calibration"] or {"peak_ram_bytes": 0})["peak_ram_bytes"]
     merged = child(["-m", "bench.against_peft", "--merge", str(base), str(theirs)])
     costs: dict[str, tuple[int | None, float | None]] = {
         "base": (None, None), "exact": (None, None), "PEFT": (merged["peak_bytes"], merged["seconds"]),
-        "edgeport": (receipt["peak_ram_bytes"], whole),
+        "edgeport": (peak, whole),
     }  # fmt: skip
     rows = []
     for way, place in {"base": base, "exact": exact, "PEFT": theirs, "edgeport": ours}.items():

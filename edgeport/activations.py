@@ -24,7 +24,7 @@ from edgeport.aside import Watch, attend
 from edgeport.checkpoint import fill
 from edgeport.effect import models
 from edgeport.forward import Streamed, multiply, stream
-from edgeport.memory import return_freed_blocks
+from edgeport.memory import peak_bytes, return_freed_blocks
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job, read_text, window_length
 from edgeport.seams import Source
@@ -136,6 +136,7 @@ def content(matrix: Tensor) -> memoryview:
 def calibrate(course: Course, watch: Watch) -> Iterator[dict[str, Any]]:
     """Each weight that the text comes to, and the place of what its layer is given; to be stored when the next is asked for.
 
+    With the peak of the process so far.
     A layer that the text does not reach does not come. Raises UnsupportedArchitecture and what `stream` raises.
     """
     import torch
@@ -152,7 +153,7 @@ def calibrate(course: Course, watch: Watch) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {}
 
     def stop(weight: str, inputs: Tensor) -> None:
-        found.update(weight=weight, place=notes.port(weight, inputs))
+        found.update(weight=weight, place=notes.port(weight, inputs), peak_ram_bytes=peak_bytes())
         turns[notes.group].stop()
 
     def advance(group: int) -> bool:

@@ -100,6 +100,8 @@ class Activations:
         self.plan, self.watch = plan, watch
         self.handle: int | None = None
         self.answers: Generator[dict[str, Any] | str] | None = None
+        self.peak_bytes = 0
+        """Of the process that has run the text."""
         self.unable: str | None = None
         """Why there are none, once that is known."""
 
@@ -147,6 +149,7 @@ class Activations:
                         f"--rounding {wanted} cannot see what the layers are given ({answer}); use --rounding {UNCALIBRATED}"
                     )
                 return
+            self.peak_bytes = answer["peak_ram_bytes"]
             yield answer["weight"], Place(*answer["place"])
 
     def inputs(self, step: Step, place: Place, device: str) -> Inputs:
@@ -182,6 +185,9 @@ class Activations:
 
         assert self.handle is not None
         fill(matrix.view(torch.uint8).numpy().reshape(-1).data, self.handle, offset, "the layers' inputs")
+
+    def to_json(self) -> dict[str, Any] | None:
+        return {"tokens": self.plan.rule.tokens, "peak_ram_bytes": self.peak_bytes} if self.peak_bytes else None
 
     def __enter__(self) -> Activations:
         return self

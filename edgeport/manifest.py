@@ -63,6 +63,8 @@ class Receipt:
     """What the user asked of the way: rounding, seed, semantics."""
     adapter: Mapping[str, Any] | None = None
     """The low-rank patch beside the model that belongs to it: its name in the output, what it holds, rank and alpha."""
+    calibration: Mapping[str, Any] | None = None
+    """Of the text that guided the rounding: its tokens, and the peak of the process that ran it beside this one."""
     probe: Effect | None = None
     probe_skipped: str | None = None
 
@@ -91,6 +93,7 @@ class Receipt:
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "survival": self.survival,
             "adapter": dict(self.adapter) if self.adapter else None,
+            "calibration": dict(self.calibration) if self.calibration else None,
             "probe": asdict(self.probe) if self.probe else {"skipped": self.probe_skipped},
             "coverage": dict(self.coverage),
             "gate": dict(self.gate),

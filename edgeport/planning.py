@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
-from edgeport.calibration import TOKENS, rule_for, scratch_bytes, sees_inputs
+from edgeport.calibration import TOKENS, rule_for, scratch_bytes, sees_inputs, text_bytes
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -22,7 +22,7 @@ from edgeport.errors import (
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES
 from edgeport.pace import seconds
 from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_output, through_links
-from edgeport.probing import Probing, check_text, decide
+from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
 from edgeport.seams import Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
@@ -105,6 +105,14 @@ class Plan:
         return seconds(self.steps)
 
     @property
+    def calibration(self) -> dict[str, Any] | None:
+        """Of the text that will guide the rounding: its tokens, and the memory of a process of its own; None without."""
+        if not any(map(sees_inputs, self.steps)):
+            return None
+        tokens = self.rule.tokens
+        return {"tokens": tokens, "peak_ram_bytes": PROCESS_BYTES + text_bytes(self.source.config, tokens)}
+
+    @property
     def patched(self) -> set[str]:
         """The weights that a patch changes, in the model or in the adapter beside it."""
         beside = {one.target for one in self.adapter.factors} if self.adapter else set()
@@ -127,6 +135,7 @@ class Plan:
             "coverage": {"tensors": self.patch_tensors, "consumed": self.patch_tensors},
             "notes": list(self.notes),
             "adapter": self.adapter.to_json() if self.adapter else None,
+            "calibration": self.calibration,
             "probe": self.probing.to_json(),
             "steps": [
                 {

@@ -268,7 +268,7 @@ def make_receipt(
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
         method=plan.method.to_json(), gate=verdict.to_json(), notes=notes,
-        adapter=plan.adapter.to_json() if plan.adapter else None,
+        adapter=plan.adapter.to_json() if plan.adapter else None, calibration=activations.to_json(),
     )  # fmt: skip
 
 

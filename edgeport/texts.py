@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from edgeport.gate import WARN
 from edgeport.memory import in_words
@@ -23,11 +24,19 @@ def plan_text(plan: Plan) -> str:
         ["read", in_words(plan.bytes_in)],
         ["write", f"{in_words(plan.bytes_out)} in {len(plan.files)} file(s) to {plan.target.output}"],
         ["peak RAM", f"{in_words(plan.peak_ram_bytes)} ({in_words(plan.peak_above_import_bytes)} of it for blocks and headers)"],
+        *guide(plan.calibration),
         ["peak VRAM", in_words(plan.peak_vram_bytes)],
         ["disk", in_words(plan.disk_bytes)],
         ["time", f"about {duration(plan.seconds)} on one core, by usual rates"],
     ]
     return table(["plan", ""], rows) + "".join(f"\nnote: {note}" for note in plan.notes)
+
+
+def guide(calibration: Mapping[str, Any] | None) -> list[list[str]]:
+    """The line of the text that guides the rounding, if there is one."""
+    if not calibration:
+        return []
+    return [["rounding's text", f"{calibration['tokens']} tokens; {in_words(calibration['peak_ram_bytes'])} in a process beside"]]
 
 
 def duration(seconds: float) -> str:
@@ -45,6 +54,7 @@ def receipt_text(receipt: Receipt) -> str:
         ["weights", f"{facts['weights']}: {facts['patched']} patched, {facts['copied']} copied byte for byte"],
         ["time", f"{receipt.seconds:.1f} s"],
         ["peak RAM", f"{in_words(receipt.peak_ram_bytes)} ({in_words(receipt.peak_above_import_bytes)} above import)"],
+        *guide(receipt.calibration),
     ]
     if receipt.coverage["tensors"]:
         gate = facts["gate"]

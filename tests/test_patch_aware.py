@@ -210,6 +210,11 @@ def test_auto_takes_it_on_a_real_4_bit_base(tmp_path: Path) -> None:
     assert {fact.rounding for fact in auto.facts if fact.action == "patch"} == {"patch-aware"}
     assert auto.probe.kl < 0.7 * chance.probe.kl  # type: ignore[union-attr]
     assert auto.peak_above_import_bytes < auto.predicted_peak_bytes
+    common: dict[str, Any] = {"patch": ADAPTERS / "triage", "new_base": packaged_model(), "to": "gguf", "overwrite": True}
+    planned = edgeport.plan(**common, output=tmp_path / "auto.gguf")
+    told, expected = auto.to_json()["calibration"], planned.to_json()["calibration"]
+    assert told["tokens"] == expected["tokens"] == TOKENS and told["peak_ram_bytes"] < expected["peak_ram_bytes"]
+    assert chance.calibration is None
     assert (tmp_path / "auto.gguf").stat().st_size == packaged_model().stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{rule}.gguf{ending}" for rule in found for ending in ("", ".edgeport.json")
