@@ -82,10 +82,15 @@ def text_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
 def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:
     """Of the file without a name that holds the inputs of all layers whose rounding will, or may, ask for them."""
-    chosen = [replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps]
-    sizes = [BFLOAT16_BYTES * rule.tokens * step.target.columns for step in chosen if sees_inputs(step)]
+    sizes = [BFLOAT16_BYTES * rule.tokens * step.target.columns for step in may_see(steps, rule)]
     # of all layers the exact port's, and of one the port's that is being made, and how they differ
     return sum(sizes) + 2 * max(sizes, default=0)
+
+
+def may_see(steps: Sequence[Step], rule: Rule) -> list[Step]:
+    """The steps whose rounding will see their layers' inputs, or may, once it is settled."""
+    chosen = (replace(step, rounding=rule.on_grid(step.target)) if step.rounding == AUTO else step for step in steps)
+    return [step for step in chosen if sees_inputs(step)]
 
 
 def sees_inputs(step: Step) -> bool:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeport.adapter import Adapter, Patched, plan_residual, plan_sidecar, surveyed
-from edgeport.calibration import TOKENS, rule_for, scratch_bytes, sees_inputs, text_bytes
+from edgeport.calibration import TOKENS, may_see, rule_for, scratch_bytes, text_bytes
 from edgeport.errors import (
     ConvertError,
     DecodeOnly,
@@ -106,8 +106,8 @@ class Plan:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """Of the text that will guide the rounding: its tokens, and the memory of a process of its own; None without."""
-        if not any(map(sees_inputs, self.steps)):
+        """Of the text that will, or may, guide the rounding: its tokens, and the memory of a process of its own; None without."""
+        if not may_see(self.steps, self.rule):
             return None
         tokens = self.rule.tokens
         return {"tokens": tokens, "peak_ram_bytes": PROCESS_BYTES + text_bytes(self.source.config, tokens)}
@@ -222,7 +222,7 @@ def notes_on_rounding(steps: Sequence[Step], rule: Rule, hindrance: str | None) 
     by_chance = any(step.rounding == UNCALIBRATED and is_linear(step.target) for step in steps)
     if hindrance and by_chance:
         return [f"no text is run through the model to guide the rounding: {hindrance}"]
-    if rule.tokens < TOKENS and any(map(sees_inputs, steps)):
+    if rule.tokens < TOKENS and may_see(steps, rule):
         return [f"--max-ram has room for {rule.tokens} of {TOKENS} tokens of the text that guides the rounding"]
     return []
 
