@@ -167,7 +167,8 @@ def test_light_dark_phone_and_paper(shown: Any, tmp_path: Path) -> None:
     assert background() != light
     shown.set_viewport_size(PHONE)
     assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert shown.locator("svg[role=img]").bounding_box()["width"] <= PHONE["width"]
+    # the chart is drawn anew when the page hears of its new size
+    shown.wait_for_function("document.querySelector('svg[role=img]').getBoundingClientRect().width <= innerWidth")
     assert min(box["height"] for button in shown.locator("button").all() if (box := button.bounding_box())) >= 36
     picture = shown.screenshot(path=tmp_path / "phone.png", full_page=True)
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
