@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import sqrt
@@ -111,7 +111,7 @@ class Activations:
         """Why there are none, once that is known."""
 
     def through(
-        self, steps: Sequence[Step], written: Written, done: Container[str], device: str
+        self, steps: Sequence[Step], written: Callable[[], Written], done: Container[str], device: str
     ) -> Iterator[tuple[Step, Inputs | None]]:
         """Every step, in the order in which they are to be taken, with its layer's inputs if its rule wants to see them.
 
@@ -130,7 +130,9 @@ class Activations:
         for step in waiting.values():
             yield step, None
 
-    def heard(self, steps: Sequence[Step], weights: Sequence[str], written: Written) -> Iterator[tuple[str, Place]]:
+    def heard(
+        self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written]
+    ) -> Iterator[tuple[str, Place]]:
         """Each of the weights that a text comes to, and where its layer's inputs are."""
         from edgeport.activations import Course, Place, calibrate
 
@@ -139,7 +141,7 @@ class Activations:
         os.unlink(name)  # so that nothing is left of it whatever happens
         # an adapter beside the model takes back each weight's errors, also those that would make up for others'
         stored = {step.target.name: step.target for step in steps if not step.copied and not plan.adapter}
-        course = Course(job_of(plan), weights, stored, written, self.handle, windows_at_once(plan.source.config))
+        course = Course(job_of(plan), weights, stored, written(), self.handle, windows_at_once(plan.source.config))
         little = text_bytes(plan.source.config, plan.rule.tokens) <= LITTLE
         if "transformers" in sys.modules and plan.limits.ram is None and little:
             self.answers = within(calibrate(course, self.watch))

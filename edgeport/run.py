@@ -79,7 +79,7 @@ def stream(
         with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
             journal.begin()
             found: dict[str, WeightFact] = {}
-            for step, seen in activations.through(steps, staging.written(), journal.done, lane.device):
+            for step, seen in activations.through(steps, staging.written, journal.done, lane.device):
                 name = step.target.name
                 if name in journal.done:
                     found[name] = skip(step, staging, journal, progress)
