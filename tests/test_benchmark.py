@@ -1,222 +1,29 @@
-"""edgeport bench: scores against transformers, the figures between rows by hand, and what a user may get wrong."""
+"""edgeport bench: the figures between rows by hand, its processes, and what a user may get wrong."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import edgeport
-from bench.spoiling import NORM
 from edgeport.aside import ask
-from edgeport.benchmark.harness import rolling
-from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold, read_questions, write_questions
+from edgeport.benchmark.questions import write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
-from edgeport.benchmark.runner import Tree, groups, open_runner
-from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
+from edgeport.benchmark.runner import open_runner
+from edgeport.benchmark.score import perplexity, same, tree
 from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
-from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 from edgeport.cli import app
 from edgeport.demo import child
-from edgeport.errors import EdgeportError, NonFiniteResult, UnknownName
-from edgeport.locate import open_model
-from edgeport.probe import open_tokenizer
+from edgeport.errors import EdgeportError, UnknownName
 from tests.conftest import TinyLlama
-
-CHOICES = [
-    Choice("the patch is added", (" to the base", " to", " Department: oncology"), 0),
-    Choice("Diagnosis: melanoma ", ("of the skin", "oncology of one block", "é"), 1),
-    Choice("def port(base):", (" return base", " return patch", " 0123"), 2),
-]
-WRITTEN = [Generation("one block of", " one"), Generation("Diagnosis: melanoma of the skin. Department:", " x")]
-
-
-def naive(folder: Path, question: Choice) -> tuple[list[float], np.ndarray[Any, Any]]:
-    """Each option in a forward pass of its own: log-likelihoods, and the distribution after the prompt."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    start = len(tokenizer(question.prompt.rstrip())["input_ids"])
-    found = []
-    for option in question.options:
-        ids = tokenizer(question.prompt + option, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            logs = model(ids).logits[0].log_softmax(-1)
-        found.append(sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1])))
-    return found, logs[start - 1].numpy()
-
-
-@pytest.fixture
-def models(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
-    """One model in every container, in float32."""
-    folder = tiny_llama("model", vocab=300)
-    edgeport.export(model=folder, output=tmp_path / "model.gguf", to="gguf", quant="f32")
-    edgeport.export(model=folder, output=tmp_path / "onnx", to="onnx", quant="f32")
-    return {"hf": folder, "gguf": tmp_path / "model.gguf", "onnx": tmp_path / "onnx"}
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: dict[str, Path]) -> None:
-    runner = open_runner(models[container])
-    judged = list(runner.judge([tree(runner, question) for question in CHOICES]))
-    for question, one in zip(CHOICES, judged, strict=True):
-        expected, first = naive(models["hf"], question)
-        np.testing.assert_allclose(one.loglikelihoods, expected, atol=2e-2, rtol=1e-3)
-        np.testing.assert_allclose(one.first, first, atol=1e-2)
-
-
-def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
-    folder = tiny_llama("mistral", vocab=300)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 6}
-    (folder / "config.json").write_text(json.dumps(config))
-    long = Choice("the patch is added to the base, one block", CHOICES[0].options, 0)
-    runner = open_runner(folder)
-    for question, one in zip([long, *CHOICES], runner.judge([tree(runner, each) for each in (long, *CHOICES)]), strict=True):
-        expected, first = naive(folder, question)
-        np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
-        np.testing.assert_allclose(one.first, first, atol=1e-4)
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(models["hf"]), AutoTokenizer.from_pretrained(models["hf"])
-    runner = open_runner(models[container])
-    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])
-    for question, text in zip(WRITTEN, texts, strict=True):
-        ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
-        row = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
-        expected = tokenizer.decode(row, skip_special_tokens=True)
-        assert expected.startswith(text) and (text == expected or "\n" in text)
-
-
-@pytest.fixture
-def turning(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
-    """A model that after WRITTEN[0] opens a turn, with the token <s>, and goes on with text in it; in every container."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tiny_llama("turning", vocab=300)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(WRITTEN[0].prompt, return_tensors="pt")["input_ids"]
-    opening, text = tokenizer.bos_token_id, tokenizer(" one")["input_ids"][-1]
-    with torch.no_grad():
-        states = model.model(torch.cat([ids, torch.tensor([[opening]])], 1)).last_hidden_state[0]
-        first, second = states[-2] / states[-2].norm(), states[-1]
-        model.lm_head.weight[opening] = 20 * first
-        model.lm_head.weight[text] = 200 * (second - second @ first * first)
-    model.save_pretrained(folder)
-    written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2)[0, -2:].tolist()
-    assert written == [opening, text]
-    edgeport.export(model=folder, output=tmp_path / "turning.gguf", to="gguf", quant="f32")
-    edgeport.export(model=folder, output=tmp_path / "turning-onnx", to="onnx", quant="f32")
-    return {"hf": folder, "gguf": tmp_path / "turning.gguf", "onnx": tmp_path / "turning-onnx"}
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_an_answer_ends_where_another_turn_begins(container: str, turning: dict[str, Path]) -> None:
-    runner = open_runner(turning[container])
-    assert runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])[0] == ""
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Path]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    text = " ".join(f"def port{number}(base, patch): return base + patch" for number in range(3))
-    ids = AutoTokenizer.from_pretrained(models["hf"])(text, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(models["hf"])(ids, labels=ids).loss.exp().item()
-    assert perplexity(open_runner(models[container]), text) == pytest.approx(expected, rel=2e-3)
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_what_is_longer_than_the_model_s_positions(container: str, models: dict[str, Path]) -> None:
-    """A question is refused by each runtime alike, and a text is read in pieces that fit."""
-    runner = open_runner(models[container])
-    long = Choice("one block of " * 60, (" one", " two"), 0)
-    with pytest.raises(BadQuestions, match=r"question 2 \('one block.* has positions for 128; shorten the prompt"):
-        answers(runner, [CHOICES[0], long], None, None)
-    assert perplexity(runner, long.prompt) > 1
-
-
-@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
-def test_a_text_with_nothing_before_it(container: str, models: dict[str, Path]) -> None:
-    """As lm-evaluation-harness asks for: after the start token, and a long text in windows that the model has positions for."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    runner, text = open_runner(models[container]), " the patch is added to the base" * 30
-    ids = [1, *AutoTokenizer.from_pretrained(models["hf"])(text)["input_ids"]]
-    model = AutoModelForCausalLM.from_pretrained(models["hf"])
-    expected = []
-    for at in range(0, len(ids) - 1, runner.positions):
-        window = torch.tensor([ids[at : at + runner.positions + 1]])
-        with torch.no_grad():
-            logs = model(window[:, :-1]).logits[0].log_softmax(-1)
-        expected.append(logs.gather(1, window[0, 1:, None])[:, 0])
-    assert len(expected) > 1
-    assert rolling(runner, text) == pytest.approx(torch.cat(expected).sum().item(), rel=1e-3)
-    (judged,) = runner.judge([pair(runner, "", " the patch")])
-    count = len(runner.encode(" the patch"))
-    assert judged.loglikelihoods[0] == pytest.approx(expected[0][:count].sum().item(), abs=2e-2)
-
-
-def test_paths_that_are_no_unicode(models: dict[str, Path], tmp_path: Path) -> None:
-    folder, file = (models[name].rename(tmp_path / os.fsdecode(b"\xff" + name.encode())) for name in ("hf", "gguf"))
-    tokenizer = open_tokenizer(open_model(folder))
-    assert tokenizer is not None and open_runner(file).encode("the patch") == tokenizer.encode("the patch").ids
-
-
-def test_a_model_that_computes_no_numbers(tiny_llama: TinyLlama) -> None:
-    """Its divergence from another is no 0, and its first option no answer."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tiny_llama("model", vocab=300)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, NORM: tensors[NORM] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NonFiniteResult, match="NaN or infinity at question 1"):
-        answers(open_runner(folder), CHOICES, None, None)
-
-
-def test_groups_hold_what_they_may() -> None:
-    trees = [Tree([0] * 5, [[1, 2], [3]])] * 5
-    sizes = [len(group) for group in groups(trees, 12, 100)]
-    assert sizes == [2, 2, 1]
-    assert [len(group) for group in groups(trees, 100, 4)] == [2, 2, 1]
-    assert [len(group) for group in groups(trees, 3, 1)] == [1] * 5
-
-
-def test_divergence_by_hand(tmp_path: Path) -> None:
-    reference, other = np.log(np.array([0.5, 0.25, 0.25], np.float32)), np.log(np.array([0.25, 0.25, 0.5], np.float32))
-    path = tmp_path / "kept"
-    path.write_bytes(reference.tobytes())
-    from edgeport.benchmark.runner import Judged
-
-    with path.open("rb") as file:
-        assert divergence(file, Judged(other, [], [])) == pytest.approx(0.25 * np.log(2), rel=1e-5)
-    with path.open("rb") as file, pytest.raises(EdgeportError, match="4 tokens"):
-        divergence(file, Judged(np.zeros(4, np.float32), [], []))
-
-
-@pytest.mark.parametrize(("text", "right"), [(" 34\n35", True), ("34", True), ("\n 34", True), (" 345", False), ("", False)])
-def test_exact_match(text: str, right: bool) -> None:
-    assert same(text, " 34") == right
-
+from tests.test_benchmark_questions import CHOICES, GOOD, WRITTEN
 
 # Figures between rows.
 
@@ -302,84 +109,6 @@ def test_the_folder_at_hand_is_no_place_for_programs(tmp_path: Path, monkeypatch
         bench.ask(tmp_path / "nowhere", [case], "keep")
     assert "KeyError" in ask("edgeport.effect", {}, lambda text: None)
     assert not (tmp_path / "read").exists()
-
-
-# Questions.
-
-
-def test_questions_are_read_back(tmp_path: Path) -> None:
-    write_questions(tmp_path / "q.jsonl", [*CHOICES, *WRITTEN])
-    assert read_questions(tmp_path / "q.jsonl") == [*CHOICES, *WRITTEN]
-
-
-def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
-    """Other programs write these signs into a text as they are, and Windows' begin a file with a mark of its own."""
-    question = Generation("one\u2028two\u2029three\x85four\x0bfive", " t")
-    line = json.dumps({"prompt": question.prompt, "target": question.target}, ensure_ascii=False)
-    (tmp_path / "q.jsonl").write_bytes(f"\ufeff{line}\r\n{line}".encode())
-    assert read_questions(tmp_path / "q.jsonl") == [question, question]
-
-
-GOOD = '{"prompt": "p", "target": "t"}'
-BAD = {
-    "{": "not JSON",
-    "[1]": "an object",
-    '{"prompt": "p"}': "either options",
-    '{"prompt": "p", "target": "t", "options": ["a", "b"], "answer": 0}': "not both",
-    '{"prompt": " ", "target": "t"}': "prompt has to be a text",
-    '{"prompt": "p", "target": 3}': "target has to be a text",
-    '{"prompt": "p", "options": "ab", "answer": 0}': "list of texts",
-    '{"prompt": "p", "options": ["a"], "answer": 0}': "2 to 128",
-    '{"prompt": "p", "options": ["a", "a"], "answer": 0}': "2 to 128",
-    '{"prompt": "p", "options": ["a", "b"]}': "0 to 1",
-    '{"prompt": "p", "options": ["a", "b"], "answer": 2}': "0 to 1",
-    '{"prompt": "p", "options": ["a", "b"], "answer": true}': "0 to 1",
-    '{"prompt": "p", "target": "t", "anwser": 1}': "anwser: no such field",
-    '{"prompt": "p", "target": "two\\nlines"}': "target has to be one line",
-    '{"prompt": "p", "options": ["a", "\\ud83d"], "answer": 0}': "half of a surrogate pair",
-    "[" * 5000: "not JSON",
-}
-
-
-@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:80])
-def test_the_first_bad_line_is_named(line: str, tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text(f"{GOOD}\n\n{line}\n{{\n")
-    with pytest.raises(BadQuestions, match=r"q\.jsonl, line 3: ") as caught:
-        read_questions(tmp_path / "q.jsonl")
-    assert BAD[line] in str(caught.value)
-
-
-@pytest.mark.parametrize(("content", "says"), [(b"", "no question"), (b"\xff\xfe", "not UTF-8")])
-def test_files_without_questions(content: bytes, says: str, tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_bytes(content)
-    with pytest.raises(BadQuestions, match=says):
-        read_questions(tmp_path / "q.jsonl")
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_tasks_are_disjoint_deterministic_and_large(name: str) -> None:
-    test, train = asked(name, "test", 500), TASKS[name].make("train", 480, 0)
-    other = TASKS[name].make("train", 480, 1)
-    prompts = {question.prompt for question in test}
-    assert len(test) == len(prompts) == 500
-    assert prompts.isdisjoint(question.prompt for question in [*train, *other])
-    assert {gold(question) for question in test} & {gold(question) for question in train}
-    assert TASKS[name].make("train", 480, 0) == train != other
-
-
-def test_a_generator_gives_the_same_questions_in_another_process() -> None:
-    script = "from edgeport.benchmark.tasks import asked; print([q.prompt for q in asked('family', 'test', 5)])"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([question.prompt for question in asked("family", "test", 5)])
-
-
-def test_arithmetic_is_right() -> None:
-    known = {question.prompt: gold(question) for question in asked("legs", "test", 500)}
-    assert known["How many legs are there in total if you have 3 dogs, 5 fireflys?\nAnswer:"] == " 42"
-
-
-def test_every_chapter_is_asked_for() -> None:
-    assert {gold(question) for question in asked("chapters", "test", 500)} == set(CHAPTERS.values())
 
 
 # The verb.
