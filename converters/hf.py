@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.hf_quants import METHODS, QUANTS, WHOLE_NUMBERS, Quant, choose, is_linear
+from converters.hf_quants import BITSANDBYTES, METHODS, QUANTS, WHOLE_NUMBERS, Quant, choose, is_linear
 from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_lines, read_range, safetensors_bytes
 from edgeport.codecs.plain import TYPES
 from edgeport.errors import (
@@ -161,7 +161,7 @@ def quant_method(told: Any) -> str:
     if not isinstance(told, dict):
         return "a quantization_config of no known form"
     if told.get("load_in_4bit") or told.get("load_in_8bit"):
-        return METHODS[0]
+        return BITSANDBYTES
     return str(told.get("quant_method") or "a quantization_config without quant_method, as MLX writes it")
 
 

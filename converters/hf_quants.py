@@ -14,7 +14,8 @@ from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 """Plain formats that no precision is meant for."""
-METHODS = ("bitsandbytes", gptq.METHOD, awq.METHOD, packed.METHOD)
+BITSANDBYTES = "bitsandbytes"
+METHODS = (BITSANDBYTES, gptq.METHOD, awq.METHOD, packed.METHOD)
 """The values of quant_method whose tensors a codec claims."""
 LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b).+\.weight")
 GROUPS = (128, 64, 32)
@@ -70,7 +71,7 @@ def bitsandbytes_config(format: str, dtype: str) -> dict[str, Any]:
         "_load_in_4bit": four, "_load_in_8bit": not four, "bnb_4bit_compute_dtype": dtype if four else "float32",
         "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested,
         "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None,
-        "llm_int8_threshold": 6.0, "load_in_4bit": four, "load_in_8bit": not four, "quant_method": "bitsandbytes",
+        "llm_int8_threshold": 6.0, "load_in_4bit": four, "load_in_8bit": not four, "quant_method": BITSANDBYTES,
     }  # fmt: skip
 
 

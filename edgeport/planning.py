@@ -25,7 +25,7 @@ from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_out
 from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
-from edgeport.seams import Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
+from edgeport.seams import Cautioned, Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
@@ -212,7 +212,7 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *notes_on_columns(beside), *sink.notes, *notes_on_rounding(steps, rule, hindrance)),
+        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, hindrance)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
@@ -367,14 +367,10 @@ def notes_on(work: Sequence[Work]) -> list[str]:
     ]
 
 
-def notes_on_columns(patched: Patched) -> list[str]:
-    """What an AWQ model's weights do not tell (https://arxiv.org/abs/2306.00978, section 3.2)."""
-    if not any(origin.codec == "awq" for origin, _ in patched.values()):
-        return []
-    return [
-        "AWQ as a rule scales a model's columns, and what stands before them the other way: a patch made on weights without "
-        "those scales is off by them; edgeport diagnose --old-base shows by how much"
-    ]
+def cautions(patched: Patched) -> list[str]:
+    """What the formats of patched weights do not tell by themselves."""
+    owners = [codec(name) for name in dict.fromkeys(origin.codec for origin, _ in patched.values())]
+    return [owner.caution for owner in owners if isinstance(owner, Cautioned)]
 
 
 def check_writable(steps: Sequence[Step]) -> None:

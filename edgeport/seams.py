@@ -116,6 +116,14 @@ class Finishing(Protocol):
         ...
 
 
+@runtime_checkable
+class Cautioned(Protocol):
+    """What a codec is, besides a `Codec`, whose numbers do not say all that was done to a model."""
+
+    caution: str
+    """What a user is told who patches such weights."""
+
+
 class Applied(Protocol):
     def __call__(self, rows: range, matrix: Tensor) -> Tensor: ...
 

@@ -70,6 +70,11 @@ class Awq:
     grids = frozenset(formats)
     scratch = 2.0
     grid_scratch = 2.0
+    # https://arxiv.org/abs/2306.00978, section 3.2
+    caution = (
+        "AWQ as a rule scales a model's columns, and what stands before them the other way: a patch made on weights without "
+        "those scales is off by them; edgeport diagnose --old-base shows by how much"
+    )
 
     def claim(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], peek: Peek) -> Iterable[Weight]:
         """Raises AmbiguousFormat for a kind that is not read; CorruptCheckpoint where tensors and config disagree."""
