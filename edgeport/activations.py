@@ -17,18 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
+from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import Watch, attend
-from edgeport.checkpoint import fill
 from edgeport.effect import models
 from edgeport.forward import Streamed, multiply, stream
 from edgeport.memory import peak_bytes, return_freed_blocks
 from edgeport.probe import packaged_text, probe_tokens
 from edgeport.probing import Job, read_text, window_length
+from edgeport.scratch import Notes
 from edgeport.seams import Source
-from edgeport.staging import Written, write_at
+from edgeport.staging import Written
 from edgeport.tensor import Weight
 from edgeport.turns import Turn
 
@@ -37,17 +36,6 @@ if TYPE_CHECKING:
 
 PROBED = 512
 """Tokens from the start of a text that calibration leaves alone, so that a probe on them is not flattered."""
-
-
-class Place(NamedTuple):
-    """Where the scratch file has what a layer is given, in bfloat16, and how it was cut."""
-
-    inputs: int
-    """Offset of [tokens, columns]: in the port that is being made."""
-    drift: int
-    """Offset, for each `group` tokens, of [columns, group]: those inputs, less the exact port's."""
-    tokens: int
-    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,73 +59,11 @@ class Course:
         return {"course": b64encode(pickle.dumps(self)).decode()}
 
 
-class Notes:
-    """Inputs of layers on a text that comes in groups of tokens, written to the scratch file."""
-
-    def __init__(self, handle: int, groups: Sequence[Tensor]) -> None:
-        self.handle = handle
-        self.sizes = [group.numel() for group in groups]
-        self.group = 0
-        """The one that is being run."""
-        self.exact_at: dict[str, int] = {}
-        """Offset of the exact port's inputs, by weight."""
-        self.end = 0
-        self.last: dict[int, tuple[Callable[[], Tensor | None], str]] = {}
-        """By group the inputs that were noted last, while they live, and of which weight: several layers are given the same."""
-
-    def exact(self, weight: str, inputs: Tensor) -> None:
-        same = self.noted_as(weight, inputs)
-        if same:
-            self.exact_at[weight] = self.exact_at[same]
-            return
-        data = content(inputs)
-        if weight not in self.exact_at:
-            self.exact_at[weight] = self.end
-            self.end += data.nbytes // self.sizes[self.group] * sum(self.sizes)
-        write_at(self.handle, data, self.exact_at[weight] + data.nbytes // self.sizes[self.group] * self.before)
-
-    def port(self, weight: str, inputs: Tensor) -> Place:
-        """Behind all of the exact port's inputs; what was noted there before goes."""
-        import torch
-
-        tokens, columns = sum(self.sizes), inputs.shape[-1]
-        place = Place(self.end, self.end + 2 * tokens * columns, tokens, self.sizes[0])
-        if not self.noted_as(weight, inputs):
-            ours = inputs.reshape(-1, columns).to(torch.bfloat16)
-            exact = torch.empty_like(ours)
-            begin = 2 * self.before * columns
-            fill(content(exact), self.handle, self.exact_at[weight] + begin, "the layers' inputs")
-            write_at(self.handle, content(ours), place.inputs + begin)
-            write_at(self.handle, content(ours.sub_(exact).T), place.drift + begin)
-        return place
-
-    @property
-    def before(self) -> int:
-        """Tokens of the groups before this one."""
-        return sum(self.sizes[: self.group])
-
-    def noted_as(self, weight: str, inputs: Tensor) -> str | None:
-        """The weight for which the same inputs were noted just before."""
-        found, name = self.last.get(self.group, (lambda: None, ""))
-        if found() is inputs:
-            return name
-        self.last[self.group] = ref(inputs), weight
-        return None
-
-
-def content(matrix: Tensor) -> memoryview:
-    """Its numbers in bfloat16; a bfloat16 matrix's own memory."""
-    import torch
-
-    data: memoryview = matrix.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().reshape(-1).data
-    return data
-
-
 def calibrate(course: Course, watch: Watch) -> Iterator[dict[str, Any]]:
-    """Each weight that the text comes to, and the place of what its layer is given; to be stored when the next is asked for.
+    """Each weight that the text comes to, the place of what its layer is given, and the process's peak so far.
 
-    With the peak of the process so far.
-    A layer that the text does not reach does not come. Raises UnsupportedArchitecture and what `stream` raises.
+    The weight is to be stored when the next is asked for. One that the text does not reach does not come. Raises
+    UnsupportedArchitecture and what `stream` raises.
     """
     import torch
 

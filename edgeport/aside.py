@@ -20,7 +20,7 @@ GO_ON = "go on"
 Watch = Callable[[str], None]
 """Called with a line of progress."""
 Work = Callable[[dict[str, Any], Watch], Mapping[str, Any]]
-Course = Callable[[dict[str, Any], Watch], Iterator[Mapping[str, Any]]]
+Conversation = Callable[[dict[str, Any], Watch], Iterator[Mapping[str, Any]]]
 """Work with several answers."""
 
 
@@ -78,13 +78,13 @@ def tell(pipe: IO[str], line: str) -> None:
 def serve(work: Work) -> None:
     """The other end of `ask`: do the job on stdin."""
 
-    def course(job: dict[str, Any], watch: Watch) -> Iterator[Mapping[str, Any]]:
+    def once(job: dict[str, Any], watch: Watch) -> Iterator[Mapping[str, Any]]:
         yield work(job, watch)
 
-    attend(course)
+    attend(once)
 
 
-def attend(course: Course) -> None:
+def attend(conversation: Conversation) -> None:
     """The other end of `converse`."""
 
     def watch(text: str) -> None:
@@ -95,7 +95,7 @@ def attend(course: Course) -> None:
         return bool(sys.stdin.readline())
 
     try:
-        for found in course(json.loads(sys.stdin.readline()), watch):
+        for found in conversation(json.loads(sys.stdin.readline()), watch):
             if not answer(found):
                 return
     except (CorruptCheckpoint, NonFiniteResult) as error:

@@ -6,25 +6,23 @@ import os
 import sys
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from math import sqrt
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import converse, within
-from edgeport.checkpoint import fill
 from edgeport.errors import VerificationFailed
 from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.probing import PROCESS_BYTES, Job, hindered, window_bytes, window_length
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
+from edgeport.scratch import NUMBER_BYTES, Place, read, read_drift
 from edgeport.seams import LowRankEdit, Source
 from edgeport.steps import Limits, Rule, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgeport.activations import Place
     from edgeport.aside import Watch
     from edgeport.planning import Plan
     from edgeport.staging import Written
@@ -33,7 +31,6 @@ TOKENS = 3072
 COLUMNS = 64
 EMPHASIS = 6.0
 """Strength of a direction that a patch reads, relative to an average direction of the text."""
-BFLOAT16_BYTES = 2
 ACTIVATION_BYTES = 256 * MIB
 """Of windows that go through the model at once: for each lot of them all weights are decoded."""
 LITTLE = 48 * MIB
@@ -82,7 +79,7 @@ def text_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
 def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:
     """Of the file without a name that holds the inputs of all layers whose rounding will, or may, ask for them."""
-    sizes = [BFLOAT16_BYTES * rule.tokens * step.target.columns for step in may_see(steps, rule)]
+    sizes = [NUMBER_BYTES * rule.tokens * step.target.columns for step in may_see(steps, rule)]
     # of all layers the exact port's, and of one the port's that is being made, and how they differ
     return sum(sizes) + 2 * max(sizes, default=0)
 
@@ -134,7 +131,7 @@ class Activations:
         self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written]
     ) -> Iterator[tuple[str, Place]]:
         """Each of the weights that a text comes to, and where its layer's inputs are."""
-        from edgeport.activations import Course, Place, calibrate
+        from edgeport.activations import Course, calibrate
 
         plan = self.plan
         self.handle, name = mkstemp(dir=plan.target.output.parent)
@@ -163,35 +160,18 @@ class Activations:
         """What the step's layer is given, and its patch reads."""
         import torch
 
+        assert self.handle is not None
         columns = step.target.columns
         directions = [torch.linalg.qr(edit.factors()[1].T).Q.T for edit in step.edits if isinstance(edit, LowRankEdit)]
         rows = torch.empty(place.tokens + sum(map(len, directions)), columns, dtype=torch.bfloat16)
-        self.read(rows[: place.tokens], place.inputs)
+        read(rows[: place.tokens], self.handle, place.inputs)
         square = mean_square(rows[: place.tokens])
         # a text that is not about the patch's task says little of what the patch reads, and errors there are what the
         # patch would feel first
         if directions:
             rows[place.tokens :] = torch.cat(directions).mul_(EMPHASIS * sqrt(square * place.tokens))
-        return Inputs(rows.to(device), square, partial(self.drift, place, columns, device))
-
-    def drift(self, place: Place, columns: int, device: str, some: slice) -> Tensor:
-        """bfloat16 [some columns, tokens]: the inputs in the port that is being made, less the exact port's."""
-        import torch
-
-        found = torch.empty(some.stop - some.start, place.tokens, dtype=torch.bfloat16)
-        for group in torch.split(found, place.group, dim=1):
-            piece = torch.empty(group.shape, dtype=torch.bfloat16)
-            before = group.storage_offset()  # tokens of the groups before
-            self.read(piece, place.drift + BFLOAT16_BYTES * (before * columns + some.start * piece.shape[1]))
-            group.copy_(piece)
-        return found.to(device)
-
-    def read(self, matrix: Tensor, offset: int) -> None:
-        """Fill a matrix that lies in one piece."""
-        import torch
-
-        assert self.handle is not None
-        fill(matrix.view(torch.uint8).numpy().reshape(-1).data, self.handle, offset, "the layers' inputs")
+        handle = self.handle
+        return Inputs(rows.to(device), square, lambda some: read_drift(handle, place, columns, some).to(device))
 
     def to_json(self) -> dict[str, Any] | None:
         return {"tokens": self.plan.rule.tokens, "peak_ram_bytes": self.peak_bytes} if self.peak_bytes else None

@@ -91,7 +91,7 @@ def stream(
                         found[name] = edit(plan, step, staging, lane, seen, progress)
                     lane.finish()
                     journal.add(step, found[name], journals.digests(step, staging.read))
-                del seen
+                del seen  # before the next step's inputs come
                 trim_heap()
                 check_budget(plan.limits)
             facts = [found[step.target.name] for step in steps]

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from edgeport.activations import PROBED, Course, Place, calibrate
+from edgeport.activations import PROBED, Course, calibrate
 from edgeport.aside import converse
 from edgeport.calibration import TOKENS
 from edgeport.demo import ADAPTERS, packaged_model
@@ -28,6 +28,7 @@ from edgeport.registry import codec
 from edgeport.rounding import Inputs, on_grid
 from edgeport.rounding.patch_aware import DAMPING, descend, refit, rounding
 from edgeport.rounding.stochastic import rounding as stochastic
+from edgeport.scratch import Place
 from edgeport.staging import Written
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -232,6 +233,16 @@ def test_the_same_port_gives_the_same_bytes(tiny_llama: TinyLlama, tmp_path: Pat
     made = [edgeport.port(patch=patch, new_base=base, output=tmp_path / name, probe=False).output for name in ("one", "two")]
     one, two = ((folder / "model.safetensors").read_bytes() for folder in made)
     assert one == two
+
+
+def test_beside_an_adapter_weights_make_up_for_none_of_the_others(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    none, two, four = (
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / str(rank), probe=False, residual=rank).output
+        for rank in (None, 2, 4)
+    )
+    stored = [(folder / "model.safetensors").read_bytes() for folder in (none, two, four)]
+    assert stored[0] != stored[1] == stored[2]
 
 
 def test_a_text_of_the_users_own_guides_it(tiny_llama: TinyLlama, tmp_path: Path) -> None:
