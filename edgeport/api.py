@@ -43,6 +43,9 @@ class Options(TypedDict, total=False):
     asymmetric: bool
     portable: bool
     execution_provider: str | None
+    calibration: Location | None
+    """A text on which every matrix that goes to fewer bits is rounded so that its layer's outputs suffer least (patch-aware);
+    None: only a patch on a quantized base is, on edgeport's own text."""
     max_ram: str | int | None
     max_vram: str | int | None
     device: str
@@ -62,9 +65,8 @@ class PortOptions(Options, total=False):
     sidecar: bool
     residual: int | None
     probe: bool | None
-    """Whether to compare what base, exact port and output say. None: where a patch is rounded and transformers is there."""
-    calibration: Location | None
-    """The text to do that on; None: edgeport's own."""
+    """Whether to compare what base, exact port and output say. None: where a patch is rounded and transformers is there.
+    On the `calibration` text, or on edgeport's own."""
 
 
 class ExtractOptions(TypedDict):

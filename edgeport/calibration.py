@@ -37,16 +37,20 @@ LITTLE = 48 * MIB
 """Activations that a process in which transformers is loaded may take itself, so that a port's memory remains its own."""
 
 
-def rule_for(wanted: str, seed: int, source: Source, limits: Limits) -> tuple[Rule, str | None]:
+def rule_for(wanted: str, seed: int, text: bool, source: Source, limits: Limits) -> tuple[Rule, str | None]:
     """The rounding rule with what there is for it, and why `auto` does without a text where it must.
 
-    Raises MissingExtra, BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
+    `text`: whether the user has given one, which then serves all weights that lose bits. Raises MissingExtra,
+    BudgetTooSmall, NotACheckpoint where a calibrated rule is asked for and cannot be.
     """
     tokens = affordable(source.config, limits)
     hindrance = hindered(source, limits, PROCESS_BYTES + text_bytes(source.config, tokens), "running a text through the model")
-    if wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated and hindrance:
+    insisted = wanted not in (AUTO, NEAREST) and roundings()[wanted].calibrated
+    if not hindrance:
+        return Rule(wanted, ON_GRID, tokens, seed, insisted or (text and wanted == AUTO)), None
+    if insisted:
         raise hindrance
-    return Rule(wanted, UNCALIBRATED if hindrance else ON_GRID, tokens, seed), str(hindrance) if hindrance else None
+    return Rule(wanted, UNCALIBRATED, tokens, seed), str(hindrance)
 
 
 def affordable(config: Mapping[str, Any], limits: Limits) -> int:
@@ -92,7 +96,7 @@ def may_see(steps: Sequence[Step], rule: Rule) -> list[Step]:
 
 def sees_inputs(step: Step) -> bool:
     """Whether the step's rule, once it is settled, wants its layer's inputs."""
-    return bool(step.edits) and step.rounding != NEAREST and roundings()[step.rounding].calibrated
+    return step.rounding != NEAREST and roundings()[step.rounding].calibrated
 
 
 class Activations:

@@ -204,6 +204,7 @@ def export(
     asymmetric: Asymmetric = False,
     portable: Portable = False,
     execution_provider: Provider = None,
+    calibration: Calibration = None,
     max_ram: MaxRam = None,
     max_vram: MaxVram = None,
     device: Device = "auto",
@@ -223,7 +224,7 @@ def export(
             tensor_type=pairs(tensor_type), output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, max_ram=max_ram, max_vram=max_vram, device=device,
             overwrite=overwrite, offline=offline, block_size=block_size, asymmetric=asymmetric, portable=portable,
-            execution_provider=execution_provider,
+            execution_provider=execution_provider, calibration=calibration,
         )  # fmt: skip
         carry_out(plan, dry_run, as_json, False, resume, not no_progress, quiet, verbose)
 

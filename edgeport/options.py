@@ -40,7 +40,8 @@ RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this
 Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."
 Probe = Annotated[bool | None, typer.Option("--probe/--no-probe", help=PROBE_HELP)]
-Calibration = Annotated[Path | None, typer.Option(help="A text for patch-aware rounding and the probe (default: our own).")]
+CALIBRATION_HELP = "A text to round by whatever loses bits, and to probe on (default: our own, for patches on quantized bases)."
+Calibration = Annotated[Path | None, typer.Option(help=CALIBRATION_HELP)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 RESUME_HELP = "Go on where an interrupted run has stopped, and be resumable oneself: Ctrl-C then leaves what is done."

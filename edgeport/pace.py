@@ -27,6 +27,8 @@ def rate(step: Step) -> float:
     """Weights a second beside reading and writing."""
     if step.copied:
         return float("inf")
+    if step.rounding == AUTO and not step.edits:
+        return CALIBRATED
     if step.rounding not in (AUTO, NEAREST):
         return CALIBRATED if roundings()[step.rounding].calibrated else BY_CHANCE
     return ENCODED.get(step.target.format, PLAIN if step.target.codec == "plain" else FAST)

@@ -26,7 +26,7 @@ from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
 from edgeport.seams import Cautioned, Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
-from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear, stored_alike
+from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def make_plan(
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
-    rule, hindrance = rule_for(method.rounding, method.seed, source, limits)
+    rule, hindrance = rule_for(method.rounding, method.seed, method.calibration is not None, source, limits)
     steps = tuple(cut(origin, stored, todo, allowed, rule) for (_, origin, todo), stored in pairs)
     check_writable(steps)
     if method.keep_format:
@@ -212,15 +212,15 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, hindrance)),
+        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, method, hindrance)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
 
-def notes_on_rounding(steps: Sequence[Step], rule: Rule, hindrance: str | None) -> list[str]:
-    """Why a patch on a grid is rounded at random alone, or with less of a text than there is."""
+def notes_on_rounding(steps: Sequence[Step], rule: Rule, method: Method, hindrance: str | None) -> list[str]:
+    """Why weights are rounded without a text, or with less of one than there is."""
     by_chance = any(step.rounding == UNCALIBRATED and is_linear(step.target) for step in steps)
-    if hindrance and by_chance:
+    if hindrance and (by_chance or method.calibration):
         return [f"no text is run through the model to guide the rounding: {hindrance}"]
     if rule.tokens < TOKENS and may_see(steps, rule):
         return [f"--max-ram has room for {rule.tokens} of {TOKENS} tokens of the text that guides the rounding"]
@@ -379,8 +379,7 @@ def check_writable(steps: Sequence[Step]) -> None:
         if not step.copied and not codec(step.origin.codec).formats[step.origin.format]:
             with about(step.origin.name):
                 raise DecodeOnly(f"{step.origin.format} can be copied and not computed with; give the model in another precision")
-        patched = step.keeps_grid and stored_alike(step.origin, step.target)
-        if not step.copied and not patched and codec(step.target.codec).formats[step.target.format] != "rw":
+        if not step.copied and not step.on_own_grid and codec(step.target.codec).formats[step.target.format] != "rw":
             with about(step.target.name):
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
 

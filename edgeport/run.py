@@ -26,11 +26,11 @@ from edgeport.places import check_output
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
-from edgeport.rounding import UNCALIBRATED, Inputs, on_grid
+from edgeport.rounding import Inputs, on_grid
 from edgeport.seams import Finishing
 from edgeport.settling import settled
 from edgeport.staging import Staging, claimed, staged
-from edgeport.steps import COPY_BYTES, Limits, Step, stored_alike
+from edgeport.steps import COPY_BYTES, Limits, Step
 from edgeport.survival import Survival
 from edgeport.tensor import Weight
 
@@ -152,7 +152,7 @@ def edit(
     for part in step.target.parts.values():
         staging.expect(part.spec.name, part.spec.nbytes)
     if inputs is None and sees_inputs(step):
-        step = replace(step, rounding=UNCALIBRATED)
+        step = step.without_inputs
     applied = [edit.load(lane.device) for edit in step.edits]
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
@@ -173,7 +173,8 @@ def edit(
         finish(step.target, later, staging, lane)
     return WeightFact(
         step.target.name, step.action, step.target.shape, step.origin.format, step.target.format,
-        step.rounding if step.edits else None, "+".join(sorted({edit.semantics for edit in step.edits})) or None,
+        step.rounding if step.edits or step.chooses_codes else None,
+        "+".join(sorted({edit.semantics for edit in step.edits})) or None,
         *survival.figures(),
     )  # fmt: skip
 
@@ -205,7 +206,7 @@ def compute(
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
     base = padded(decode_parts(step.origin, parts), rows)
-    grid_parts = dict(parts) if step.keeps_grid and stored_alike(step.origin, step.target) else None
+    own = dict(parts) if step.on_own_grid else None
     parts.clear()
     exact = base
     for apply in applied:
@@ -213,10 +214,11 @@ def compute(
     if not finite(exact):
         where = "the base with the patch added" if finite(base) else "the base"
         raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-    if not step.keeps_grid:
+    if not step.chooses_codes:
         stored = encode_rows(step.target, exact, importance)
     else:
-        stored = round_on_grid(step, rows, grid_parts or encode_rows(step.target, base, importance), exact, inputs)
+        spelt = own or encode_rows(step.target, exact if step.fresh else base, importance)
+        stored = round_on_grid(step, rows, spelt, exact, inputs)
     if applied:
         survival.add(base, exact, decode_parts(step.target, stored).to(exact.device))
     return stored
@@ -228,7 +230,8 @@ def round_on_grid(
     """The edited rows on the grid that `parts` spell: the step's rule chooses the codes, and scales if it gives any anew."""
     owner, rule = cast(Gridded, codec(step.target.codec)), roundings()[step.rounding]
     grid = owner.grid(step.target, parts)
-    codes = on_grid(rule, grid, arrange(exact, step.target), step.draws, rows.start, inputs)
+    draws = None if step.fresh else step.draws
+    codes = on_grid(rule, grid, arrange(exact, step.target), draws, rows.start, inputs)
     if rule.rescales and grid.scales is not None:
         parts = cast(Rescalable, owner).with_scales(step.target, parts, grid)
     return owner.with_codes(step.target, parts, codes)

@@ -1,14 +1,14 @@
-"""What `auto` takes for plain numbers on their way to a quantized format: were they ever quantized before?"""
+"""What only the numbers can tell a plan: were they ever quantized before, and does the patch leave the grid they lie on?"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from edgeport.blocks import arrange, decode_parts, decode_rows, encode_rows
+from edgeport.blocks import arrange, as_tensor, decode_parts, decode_rows, encode_rows, read_parts
 from edgeport.errors import about
 from edgeport.grid import Gridded
-from edgeport.registry import codec
+from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST
 from edgeport.seams import Source
 from edgeport.steps import Rule, Step
@@ -24,15 +24,48 @@ UNFAIR = 0.4
 patch in ONNX int4: from 0.71 of it on, in the rows that are tried)."""
 
 
+CLIPPED = 0.5
+"""Of the least error on the grid that is there, less than which one made of the patched values must leave to take its place: at
+the grid's ends much is cut off then."""
+
+
 def settled(step: Step, source: Source, rule: Rule) -> Step:
-    """The step with its rule decided by the first rows: nearest, where plain numbers were never quantized."""
-    if step.rounding != AUTO:
+    """The step with its rule, and the grid that this works on, decided by the first rows."""
+    stays = rule.wanted == AUTO and bool(step.edits) and step.on_own_grid
+    if step.rounding != AUTO and not stays:
         return step
     with about(step.target.name):
         rows = range(min(step.granule * -(-PROBE_ROWS // step.granule), step.origin.rows))
         base = decode_rows(source, step.origin, rows)
-        never = grid_distance(step, base) >= NEAR_GRID and nearest_is_fair(step, rows, base)
-    return replace(step, rounding=NEAREST if never else rule.on_grid(step.target))
+        exact = base
+        for edit in step.edits:
+            exact = edit.load("cpu")(rows, exact)
+        if stays:
+            anew = replace(step, fresh=True)
+            if not leaves_grid(step, source, rows, exact):
+                return step
+            return anew if roundings()[step.rounding].calibrated else anew.without_inputs
+        if grid_distance(step, base) < NEAR_GRID or not nearest_is_fair(step, base, exact):
+            return replace(step, rounding=rule.on_grid(step.target) if step.edits else NEAREST)
+    chosen = rule.off_grid(step.target)
+    return replace(step, rounding=chosen, fresh=chosen != NEAREST)
+
+
+def leaves_grid(step: Step, source: Source, rows: range, exact: Tensor) -> bool:
+    """Whether the patched first rows reach so far beyond the ends of their blocks that other scales are worth it.
+
+    As a patch as large as its weights does. An ordinary one never does: on the grid nearest rounding loses no more than the
+    patch, and with other scales all other values would have to be rounded anew.
+    """
+    if codec(step.target.codec).formats[step.target.format] != "rw":
+        return False
+    owner = cast(Gridded, codec(step.target.codec))
+    parts = {role: as_tensor(data) for role, data in read_parts(source, step.origin, rows).items()}
+    grid = owner.grid(step.target, parts)
+    wanted = arrange(exact, step.target)
+    cut_off = float((grid.values(grid.nearest(wanted)) - wanted).double().square().sum())
+    anew = float((decode_parts(step.target, encode_rows(step.target, exact)) - exact).double().square().sum())
+    return anew < CLIPPED * cut_off
 
 
 def grid_distance(step: Step, base: Tensor) -> float:
@@ -49,15 +82,12 @@ def grid_distance(step: Step, base: Tensor) -> float:
     return float(minimum(fraction, 1 - fraction).mean())
 
 
-def nearest_is_fair(step: Step, rows: range, base: Tensor) -> bool:
+def nearest_is_fair(step: Step, base: Tensor, exact: Tensor) -> bool:
     """Whether rounding to nearest keeps the patch in the base's first rows, as far as chance lets one tell.
 
     Numbers of a coarser grid lie at the same few places between two codes each, and those of a place all round alike: Q4_1's
     keep 1.5 times a patch in Q5_1.
     """
-    exact = base
-    for edit in step.edits:
-        exact = edit.load("cpu")(rows, exact)
     change = (exact - base).double()
     whole = float(change.square().sum())
     stored = decode_parts(step.target, encode_rows(step.target, exact)).double()

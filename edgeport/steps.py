@@ -54,6 +54,8 @@ class Step:
     vram_bytes: int = 0
     rounding: str = NEAREST
     seed: int = 0
+    fresh: bool = False
+    """Whether a rule's grid is made of the edited values, in place of the one that the base lies on."""
 
     @property
     def draws(self) -> str:
@@ -65,9 +67,19 @@ class Step:
         return common_granule(self.origin, self.target)
 
     @property
-    def keeps_grid(self) -> bool:
-        """Whether scales stay as they are and the rule chooses codes, also to nearest where scales cannot be made anew."""
+    def chooses_codes(self) -> bool:
+        """Whether the rule chooses codes on a grid that is there, also to nearest where scales cannot be made anew."""
         return self.rounding != NEAREST or codec(self.target.codec).formats[self.target.format] == "rp"
+
+    @property
+    def on_own_grid(self) -> bool:
+        """Whether the stored bytes of the base spell the grid."""
+        return self.chooses_codes and not self.fresh and stored_alike(self.origin, self.target)
+
+    @property
+    def without_inputs(self) -> Step:
+        """The same where the layer's inputs turn out not to be at hand."""
+        return replace(self, rounding=NEAREST if self.fresh else UNCALIBRATED, fresh=False)
 
     @property
     def copied(self) -> bool:
@@ -125,16 +137,22 @@ class Rule:
     tokens: int = 0
     """Of the text that calibrated rules see."""
     seed: int = 0
+    everywhere: bool = False
+    """Whether automatic is a calibrated rule and takes also numbers that lie on no grid, with or without a patch."""
 
     @property
     def without_inputs(self) -> Rule:
         """The same where no layer's inputs are at hand."""
         calibrated = self.wanted not in (AUTO, NEAREST) and roundings()[self.wanted].calibrated
-        return replace(self, wanted=UNCALIBRATED if calibrated else self.wanted, automatic=UNCALIBRATED)
+        return replace(self, wanted=UNCALIBRATED if calibrated else self.wanted, automatic=UNCALIBRATED, everywhere=False)
 
     def on_grid(self, weight: Weight) -> str:
         """What auto takes for one weight on a grid."""
         return fitting(self.automatic, weight)
+
+    def off_grid(self, weight: Weight) -> str:
+        """The same for one that lies on none."""
+        return self.automatic if self.everywhere and is_linear(weight) else NEAREST
 
 
 def fitting(rule: str, weight: Weight) -> str:
@@ -151,14 +169,17 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: R
     """The rule for one weight. Nearest where the format has no grid, and where nothing pulls the values off it.
 
     `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; weights of plain
-    numbers may, if they were quantized before, and the run tries some.
+    numbers may, if they were quantized before, and the run tries some, as it does where the rule takes others, too.
     """
-    owner = codec(target.codec)
-    if not edits or not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
+    owner, kept = codec(target.codec), stored_alike(origin, target)
+    if not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
         return NEAREST
-    if rule.wanted != AUTO:
+    calibrated = not kept and rule.off_grid(target) != NEAREST
+    if not edits:
+        return AUTO if calibrated else NEAREST
+    if rule.wanted != AUTO and not calibrated:
         return fitting(rule.wanted, target)
-    return rule.on_grid(target) if stored_alike(origin, target) else AUTO if origin.codec == "plain" else NEAREST
+    return rule.on_grid(target) if kept else AUTO if calibrated or origin.codec == "plain" else NEAREST
 
 
 ROUND_TO_NEAREST = Rule(NEAREST)

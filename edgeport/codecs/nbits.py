@@ -161,7 +161,7 @@ def weights_of(values: Tensor, importance: Tensor | None, how: Blocks) -> Tensor
     """What the square of an error matters, for each of float32 `values` [rows, columns]; None: not worth a search.
 
     With importance as ggml weighs it (`quantize_row_q4_0_impl`), else by the value's own square, where blocks have zero
-    points: symmetric ones gain nothing by that on a real model (bench/results/onnx-int4.txt). Raises CodecError.
+    points: symmetric ones gain nothing by that on a real model (bench/results/four-bits.txt). Raises CodecError.
     """
     if importance is not None and importance.shape != values.shape[1:]:
         raise CodecError(f"importance has shape {tuple(importance.shape)}, where rows have {values.shape[1]} columns")

@@ -43,12 +43,13 @@ class Rounding(Protocol):
         """Temporary bytes an element of a piece, for inputs of so many tokens."""
         ...
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None) -> Tensor:
         """uint8 [rows, columns]: a code of the grid for every value of float32 `target` [rows, columns].
 
         The rows are a weight's from `first` on, and the result for a row does not depend on its neighbours: the same
-        port gives the same bytes however its blocks are cut. `draws` seeds what is random. `inputs`: on the target's
-        device, where the rule is calibrated. A rule that rescales writes into the grid's `step` and `offset`.
+        port gives the same bytes however its blocks are cut. `draws` seeds what is random; None, which
+        calibrated rules alone are given: nothing is, since the values lie on no grid. `inputs`: on the target's device, where
+        the rule is calibrated. A rule that rescales writes into the grid's `step` and `offset`.
         """
         ...
 
@@ -59,7 +60,9 @@ ON_GRID, UNCALIBRATED = "patch-aware", "stochastic"
 """What auto takes on a grid: the first where a text can be run through the model."""
 
 
-def on_grid(rule: Rounding, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
+def on_grid(
+    rule: Rounding, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None = None
+) -> Tensor:
     """uint8 [rows, columns]: the rule's codes, found a piece of the rows at a time."""
     import torch
 

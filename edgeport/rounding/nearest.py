@@ -25,7 +25,7 @@ class Nearest:
     def scratch(self, columns: int, tokens: int) -> float:
         return 8.0
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None = None) -> Tensor:
         return grid.nearest(target)
 
 

@@ -9,7 +9,8 @@ x being what the layer is given on a text that need not be about the patch, in t
 differs from the exact port's: what the roundings before have done to the output of the exact row w is taken back. Beside
 the tokens x are the directions that the patch reads, which do not drift. The damping, a share of the inputs' mean square,
 holds what so few tokens say nothing of. Random choices to begin with, since they are unbiased: a descent from no error
-ends in errors that undo a part of the patch wherever the text says little.
+ends in errors that undo a part of the patch wherever the text says little. Values that lie on no grid begin at the nearest codes,
+which know nothing of the patch.
 
 Where a format keeps a scale (and a minimum) for each group of columns, every sweep also gives it the value that leaves
 least of the same, as far as its type can say it.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.grid import Grid, said
 from edgeport.rounding import on_grid
+from edgeport.rounding.nearest import rounding as nearest
 from edgeport.rounding.stochastic import rounding as chance
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class PatchAware:
         # the codes and what draws them; the outputs on every token; a batch of columns in 13 float32 matrices
         return 2.0 + chance.scratch(columns, tokens) / chance.pieces + (4.0 * tokens + 52.0 * COLUMNS) / max(columns, 1)
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None) -> Tensor:
         import torch
 
         assert inputs is not None
@@ -66,7 +68,7 @@ class PatchAware:
         if not inputs.moments:
             inputs.moments.extend(moments_of(inputs.rows, dtype, damping))
         batches = [slice(start, min(start + COLUMNS, columns)) for start in range(0, columns, COLUMNS)]
-        codes = on_grid(chance, grid, target, draws, first)
+        codes = on_grid(nearest if draws is None else chance, grid, target, draws, first)
         # divided by the tokens, as the moments are
         outputs = torch.zeros(len(inputs.rows), rows, dtype=dtype, device=target.device)
         for some in batches:

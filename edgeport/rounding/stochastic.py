@@ -26,7 +26,8 @@ class Stochastic:
     def scratch(self, columns: int, tokens: int) -> float:
         return 32.0
 
-    def codes(self, grid: Grid, target: Tensor, draws: str, first: int, inputs: Inputs | None = None) -> Tensor:
+    def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None = None) -> Tensor:
+        assert draws is not None
         low, _, fraction = grid.bracket(target)
         rows, columns = target.shape
         return low.add_(uniform(draws, first, rows, columns, target.device) < fraction)

@@ -1,9 +1,11 @@
-"""int4 ONNX by how its blocks' scales are found, on the real model, beside llama.cpp's formats.
+"""4-bit outputs by how their blocks are found, on the real model: ONNX, GGUF, bitsandbytes, GPTQ and AWQ.
 
-`python -m bench.onnx_int4 [-o results.json]`
+`python -m bench.four_bits [-o results.json] [--only WORD ...]`
 
-KL to the model itself on the first tokens of the packaged text, through onnxruntime. The importance matrix is of the rest
-of that text, so no model is measured on what it was calibrated on; llama.cpp's formats are given the same matrix.
+From 16 bits each format is made of the numbers alone; with an importance matrix, where the format takes one; and with
+`--calibration`, by the text itself. KL to the model itself on the first tokens of the packaged text, computed a layer at a
+time, through onnxruntime for ONNX. Matrix and text are the rest of that text, so no model is measured on what it was
+calibrated on; llama.cpp's formats are given the same matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,23 +24,27 @@ from typing import Any
 import edgeport
 from edgeport.demo import packaged_model
 from edgeport.locate import open_model
-from edgeport.probe import probe_tokens
+from edgeport.probe import packaged_text, probe_tokens
 from edgeport.report import table
 
 MEASURED, TEXT = 384, 4096
 """Tokens that are measured on, and that are read in all; the text has fewer."""
 MIB = 1 << 20
-FINER = {"output_tensor_type": "int8"}
+FINER, ZEROS = {"output_tensor_type": "int8"}, {"asymmetric": True}
+MATRIX, BY_TEXT = {"imatrix": True}, {"calibration": True}
+CONTAINERS = {"ONNX": "onnx", "GGUF": "gguf", "folder": "hf"}
 WAYS: dict[str, dict[str, Any]] = {
-    "int4": {}, "int4, importance": {"imatrix": True}, "int4, zero points": {"asymmetric": True},
-    "int4, zero points, importance": {"asymmetric": True, "imatrix": True},
-    "int4, head int8": FINER, "int4, head int8, importance": FINER | {"imatrix": True},
-    "int4, head int8, zero points": FINER | {"asymmetric": True},
-    "int4, head int8, zero points, importance": FINER | {"asymmetric": True, "imatrix": True},
-    "int4 in blocks of 16, head int8, zero points, importance":
-        FINER | {"asymmetric": True, "imatrix": True, "block_size": 16},
+    "ONNX int4": {}, "ONNX int4, importance": MATRIX, "ONNX int4, text": BY_TEXT,
+    "ONNX int4, zero points": ZEROS, "ONNX int4, zero points, importance": ZEROS | MATRIX,
+    "ONNX int4, head int8": FINER, "ONNX int4, head int8, importance": FINER | MATRIX,
+    "ONNX int4, head int8, zero points": FINER | ZEROS,
+    "ONNX int4, head int8, zero points, importance": FINER | ZEROS | MATRIX,
+    "ONNX int4, head int8, zero points, importance, text": FINER | ZEROS | MATRIX | BY_TEXT,
+    "ONNX int4, in blocks of 16, head int8, zero points, importance": FINER | ZEROS | MATRIX | {"block_size": 16},
+    **{f"GGUF {quant}{name}": ways for quant in ("Q4_0", "Q4_K_M")
+       for name, ways in (("", {}), (", importance", MATRIX), (", text", BY_TEXT), (", importance, text", MATRIX | BY_TEXT))},
+    **{f"folder {quant}{name}": ways for quant in ("nf4", "gptq-4", "awq-4") for name, ways in (("", {}), (", text", BY_TEXT))},
 }  # fmt: skip
-GGUF = ("Q4_0", "Q4_K_S", "Q4_K_M")
 
 
 def write_importance(model: Path, path: Path) -> None:
@@ -67,20 +73,18 @@ def write_importance(model: Path, path: Path) -> None:
     path.write_bytes(data)
 
 
-def run(scratch: Path) -> Iterator[dict[str, Any]]:
-    real, matrix = scratch / "hf", scratch / "imatrix.dat"
+def run(scratch: Path, ways: Iterable[str]) -> Iterator[dict[str, Any]]:
+    real, matrix, text = scratch / "hf", scratch / "imatrix.dat", scratch / "text.txt"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
     write_importance(real, matrix)
-    for way, options in WAYS.items():
-        given = {name: matrix if name == "imatrix" else value for name, value in options.items()}
-        receipt = edgeport.export(model=real, output=scratch / "out", to="onnx", quant="int4", overwrite=True, **given)
-        yield measured(f"ONNX {way}", scratch / "out", real, receipt.bytes_out) | {"seconds": receipt.seconds}
-    for quant in GGUF:
-        for imatrix in (None, matrix):
-            output = scratch / f"{quant}.gguf"
-            receipt = edgeport.export(model=real, output=output, to="gguf", quant=quant, imatrix=imatrix, overwrite=True)
-            name = f"GGUF {quant}{', importance' if imatrix else ''}"
-            yield measured(name, output, real, receipt.bytes_out) | {"seconds": receipt.seconds}
+    text.write_text(packaged_text())
+    for way in ways:
+        container, quant = way.split(",")[0].split(" ")
+        files = {"imatrix": matrix, "calibration": text}
+        given: dict[str, Any] = {name: files.get(name, value) for name, value in WAYS[way].items()}
+        output = scratch / ("out.gguf" if container == "GGUF" else f"out-{container}")
+        receipt = edgeport.export(model=real, output=output, to=CONTAINERS[container], quant=quant, overwrite=True, **given)
+        yield measured(way, output, real, receipt.bytes_out) | {"seconds": receipt.seconds}
 
 
 def measured(name: str, output: Path, real: Path, size: int) -> dict[str, Any]:
@@ -99,11 +103,12 @@ def shown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--only", nargs="+", metavar="WORD", default=[""], help="outputs whose names hold one of these")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for row in run(Path(scratch)):
+        for row in run(Path(scratch), [way for way in WAYS if any(word in way for word in arguments.only)]):
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
     print(shown(rows))
