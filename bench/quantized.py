@@ -26,11 +26,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import edgeport
 from edgeport.demo import ADAPTERS, packaged_model
@@ -183,19 +183,26 @@ SUMMARY_HEAD = ["base", "task", *SUMMED, "log-gain kept (95 %)", "KL", "of 16-bi
 
 
 def summary(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]]:
-    """Of each base and patch as it is: accuracies, and of patch-aware what it keeps, its KL, and perplexity beside exact's."""
+    """Of each base and patch as it is: accuracies, and of each draw of patch-aware what it keeps, its KL, and its perplexity
+    beside exact's."""
     lines = []
     for format, task in sorted({(key[0], key[1]) for key in rows}, key=lambda pair: (pair[1] != "triage", *order_of(*pair))):
-        found = {way: rows.get((format, task, REAL, way, 0)) for way in SUMMED}
-        if None in found.values():
+        draws = {way: [rows[name] for name in sorted(rows) if name[:4] == (format, task, REAL, way)] for way in SUMMED}
+        if not all(draws.values()):
             continue
-        ours, exact, first = (cast("Mapping[str, Any]", found[way]) for way in ("patch-aware", "exact", "16-bit first"))
-        shares = [f"{row['correct'] / row['total']:.1%}" for row in found.values() if row]
-        drift = ours["perplexity"]["manual"] / exact["perplexity"]["manual"] - 1
-        kept = f"{ours['log_gain']:.1%} +- {Z_95 * ours['log_gain_error']:.1%}"
-        divergences = [f"{row['kl']['manual']:.4f}" for row in (ours, first)]
-        lines.append([format, task, *shares, kept, *divergences, f"{drift:+.1%}"])
+        ours, reference = draws["patch-aware"], draws["exact"][0]["perplexity"]["manual"]
+        shares = [percents(row["correct"] / row["total"] for row in draws[way]) for way in SUMMED]
+        error = Z_95 * max(row["log_gain_error"] for row in ours)
+        kept = f"{percents(row['log_gain'] for row in ours)} +- {error:.1%}"
+        divergences = [" ".join(f"{row['kl']['manual']:.4f}" for row in draws[way]) for way in ("patch-aware", "16-bit first")]
+        drift = " ".join(f"{row['perplexity']['manual'] / reference - 1:+.1%}" for row in ours)
+        lines.append([format, task, *shares, kept, *divergences, drift])
     return lines
+
+
+def percents(shares: Iterable[float]) -> str:
+    """One after the other, of one draw each."""
+    return " ".join(f"{share:.1%}" for share in shares)
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
