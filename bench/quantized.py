@@ -163,7 +163,8 @@ def scaled(patch: Path, factor: float, folder: Path) -> Path:
 def cells(row: Mapping[str, Any]) -> list[str]:
     def share(name: str) -> str:
         value, error = row[name], row[f"{name}_error"]
-        return "-" if value is None else f"{value:.1%} +- {Z_95 * error:.1%}"
+        # of a gain that the questions do not tell from none there is no share
+        return "-" if value is None or Z_95 * error > 1 else f"{value:.1%} +- {Z_95 * error:.1%}"
 
     seconds = row["seconds"] / row["patched_weights"] * 1e6
     return [

@@ -22,17 +22,14 @@ NEAR_GRID = 0.125
 UNFAIR = 0.4
 """Of the patch, more or less than which nearest rounding may not keep: blocks that clip their ends keep less, too (the demo's
 patch in ONNX int4: from 0.71 of it on, in the rows that are tried)."""
-
-
 CLIPPED = 0.5
-"""Of the least error on the grid that is there, less than which one made of the patched values must leave to take its place: at
-the grid's ends much is cut off then."""
+"""Of the error that nearest leaves on the base's grid: a grid made of the patched values takes its place where it leaves less."""
 
 
 def settled(step: Step, source: Source, rule: Rule) -> Step:
     """The step with its rule, and the grid that this works on, decided by the first rows."""
-    stays = rule.wanted == AUTO and bool(step.edits) and step.on_own_grid
-    if step.rounding != AUTO and not stays:
+    keeps_grid = rule.wanted == AUTO and bool(step.edits) and step.on_own_grid
+    if step.rounding != AUTO and not keeps_grid:
         return step
     with about(step.target.name):
         rows = range(min(step.granule * -(-PROBE_ROWS // step.granule), step.origin.rows))
@@ -40,11 +37,9 @@ def settled(step: Step, source: Source, rule: Rule) -> Step:
         exact = base
         for edit in step.edits:
             exact = edit.load("cpu")(rows, exact)
-        if stays:
-            anew = replace(step, fresh=True)
-            if not leaves_grid(step, source, rows, exact):
-                return step
-            return anew if roundings()[step.rounding].calibrated else anew.without_inputs
+        if keeps_grid:
+            anew = replace(step, fresh=leaves_grid(step, source, rows, exact))
+            return anew.without_inputs if anew.fresh and not roundings()[step.rounding].calibrated else anew
         if grid_distance(step, base) < NEAR_GRID or not nearest_is_fair(step, base, exact):
             return replace(step, rounding=rule.on_grid(step.target) if step.edits else NEAREST)
     chosen = rule.off_grid(step.target)
