@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 import edgeport
-from edgeport.memory import IMPORT_BYTES
-from edgeport.probing import PROCESS_BYTES
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -80,15 +78,15 @@ def test_without_means_to_run_the_text_weights_go_to_the_nearest_and_it_is_said(
 
 @pytest.mark.parametrize("text_runs", [True, False])
 def test_a_patch_as_large_as_its_weights_is_not_cut_off(tiny_llama: TinyLlama, tmp_path: Path, text_runs: bool) -> None:
-    base = edgeport.export(model=tiny_llama(), output=tmp_path / "q.gguf", quant="Q8_0").output
-    options: dict[str, Any] = {"new_base": base, "to": "gguf", "probe": False}
+    base = edgeport.export(model=tiny_llama(), output=tmp_path / "q", to="hf", quant="int8").output
     if not text_runs:
-        options["max_ram"] = IMPORT_BYTES + PROCESS_BYTES
+        (base / "tokenizer.json").unlink()
     kept, used = {}, {}
     for name, std in (("small", 0.0125), ("large", 0.1)):
         patch = save_patch(tiny_llama(), tmp_path / name, std=std)
         for rule in ("auto", "stochastic"):
-            receipt = edgeport.port(**options, patch=patch, output=tmp_path / f"{name}-{rule}.gguf", rounding=rule, force=True)
+            output = tmp_path / f"{name}-{rule}"
+            receipt = edgeport.port(patch=patch, new_base=base, output=output, rounding=rule, probe=False, force=True)
             kept[name, rule] = receipt.survival["mean"]  # type: ignore[index]
             used[name, rule] = {fact.rounding for fact in receipt.facts if fact.action == "patch"}
             change = max(fact.change or 0.0 for fact in receipt.facts)
