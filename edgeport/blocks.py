@@ -48,7 +48,12 @@ def sampled(rows: int, granule: int) -> Iterator[range]:
 
 def decode_rows(source: Readable, weight: Weight, rows: range, device: str = "cpu") -> Tensor:
     """float32 [rows, columns] as transformers has them. `rows` starts and ends on the weight's row granule."""
-    return decode_parts(weight, {role: as_tensor(data).to(device) for role, data in read_parts(source, weight, rows).items()})
+    return decode_parts(weight, read_tensors(source, weight, rows, device))
+
+
+def read_tensors(source: Readable, weight: Weight, rows: range, device: str = "cpu") -> dict[str, Tensor]:
+    """The stored bytes that spell some rows as uint8, by part."""
+    return {role: as_tensor(data).to(device) for role, data in read_parts(source, weight, rows).items()}
 
 
 def read_parts(source: Readable, weight: Weight, rows: range) -> dict[str, bytearray]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgeport.blocks import as_tensor, read_parts, sampled
+from edgeport.blocks import read_tensors, sampled
 from edgeport.drift import Item, Sums, compared
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.gate import REFUSED, UNKNOWN, WITHOUT_OLD, Verdict, judge, vocabulary_notes
@@ -91,6 +91,6 @@ def survival(new: Source, item: Item) -> float | None:
         step = cut(weight, weight, tuple(edits), Allowed(), Rule())
         applied, found = [edit.load("cpu") for edit in edits], Survival()
         for rows in sampled(weight.rows, step.granule):
-            parts = {role: as_tensor(data) for role, data in read_parts(new, weight, rows).items()}
+            parts = read_tensors(new, weight, rows)
             compute(step, rows, parts, applied, None, None, found)
     return found.figures()[1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgeport.blocks import as_tensor, read_parts, sampled
+from edgeport.blocks import read_tensors, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, about
 from edgeport.memory import in_words
 from edgeport.planning import Plan
@@ -102,6 +102,6 @@ def error(step: Step, plan: Plan) -> float:
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
     for rows in sampled(step.origin.rows, step.granule):
-        parts = {role: as_tensor(data) for role, data in read_parts(plan.source, step.origin, rows).items()}
+        parts = read_tensors(plan.source, step.origin, rows)
         compute(step, rows, parts, applied, importance, None, survival)
     return survival.noise()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from edgeport.blocks import arrange, as_tensor, decode_parts, decode_rows, encode_rows, read_parts
+from edgeport.blocks import arrange, decode_parts, encode_rows, read_tensors
 from edgeport.errors import about
 from edgeport.grid import Gridded
 from edgeport.registry import codec, roundings
@@ -33,12 +34,13 @@ def settled(step: Step, source: Source, rule: Rule) -> Step:
         return step
     with about(step.target.name):
         rows = range(min(step.granule * -(-PROBE_ROWS // step.granule), step.origin.rows))
-        base = decode_rows(source, step.origin, rows)
+        parts = read_tensors(source, step.origin, rows)
+        base = decode_parts(step.origin, parts)
         exact = base
         for edit in step.edits:
             exact = edit.load("cpu")(rows, exact)
         if keeps_grid:
-            anew = replace(step, fresh=leaves_grid(step, source, rows, exact))
+            anew = replace(step, fresh=leaves_grid(step, parts, exact))
             return anew.without_inputs if anew.fresh and not roundings()[step.rounding].calibrated else anew
         if grid_distance(step, base) < NEAR_GRID or not nearest_is_fair(step, base, exact):
             return replace(step, rounding=rule.on_grid(step.target) if step.edits else NEAREST)
@@ -46,17 +48,16 @@ def settled(step: Step, source: Source, rule: Rule) -> Step:
     return replace(step, rounding=chosen, fresh=chosen != NEAREST)
 
 
-def leaves_grid(step: Step, source: Source, rows: range, exact: Tensor) -> bool:
-    """Whether the patched first rows reach so far beyond the ends of their blocks that other scales are worth it.
+def leaves_grid(step: Step, parts: Mapping[str, Tensor], exact: Tensor) -> bool:
+    """Whether the patched first rows reach so far beyond the ends of their blocks, as `parts` spell them, that other scales are
+    worth it.
 
     As a patch as large as its weights does. An ordinary one never does: on the grid nearest rounding loses no more than the
     patch, and with other scales all other values would have to be rounded anew.
     """
     if codec(step.target.codec).formats[step.target.format] != "rw":
         return False
-    owner = cast(Gridded, codec(step.target.codec))
-    parts = {role: as_tensor(data) for role, data in read_parts(source, step.origin, rows).items()}
-    grid = owner.grid(step.target, parts)
+    grid = cast(Gridded, codec(step.target.codec)).grid(step.target, parts)
     wanted = arrange(exact, step.target)
     cut_off = float((grid.values(grid.nearest(wanted)) - wanted).double().square().sum())
     anew = float((decode_parts(step.target, encode_rows(step.target, exact)) - exact).double().square().sum())

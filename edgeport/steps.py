@@ -169,17 +169,19 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: R
     """The rule for one weight. Nearest where the format has no grid, and where nothing pulls the values off it.
 
     `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; weights of plain
-    numbers may, if they were quantized before, and the run tries some, as it does where the rule takes others, too.
+    numbers may, if they were quantized before, and the run tries some. It does so with all that loses bits, patched or not,
+    where the rule also takes what lies on no grid.
     """
     owner, kept = codec(target.codec), stored_alike(origin, target)
     if not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
         return NEAREST
-    calibrated = not kept and rule.off_grid(target) != NEAREST
+    if not kept and rule.off_grid(target) != NEAREST:
+        return AUTO
     if not edits:
-        return AUTO if calibrated else NEAREST
-    if rule.wanted != AUTO and not calibrated:
+        return NEAREST
+    if rule.wanted != AUTO:
         return fitting(rule.wanted, target)
-    return rule.on_grid(target) if kept else AUTO if calibrated or origin.codec == "plain" else NEAREST
+    return rule.on_grid(target) if kept else AUTO if origin.codec == "plain" else NEAREST
 
 
 ROUND_TO_NEAREST = Rule(NEAREST)
