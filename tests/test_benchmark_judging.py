@@ -40,12 +40,17 @@ def naive(folder: Path, question: Choice) -> tuple[list[float], np.ndarray[Any, 
 
 
 @pytest.fixture
-def models(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
+def models(tiny_llama: TinyLlama) -> dict[str, Path]:
     """One model in every container, in float32."""
-    folder = tiny_llama("model", vocab=300)
-    edgeport.export(model=folder, output=tmp_path / "model.gguf", to="gguf", quant="f32")
-    edgeport.export(model=folder, output=tmp_path / "onnx", to="onnx", quant="f32")
-    return {"hf": folder, "gguf": tmp_path / "model.gguf", "onnx": tmp_path / "onnx"}
+    return in_every_container(tiny_llama("model", vocab=300))
+
+
+def in_every_container(folder: Path) -> dict[str, Path]:
+    """A folder's model, which is in float32, and what is written beside it."""
+    places = {"hf": folder} | {to: folder.with_name(f"{folder.name}.{to}") for to in ("gguf", "onnx")}
+    for to in ("gguf", "onnx"):
+        edgeport.export(model=folder, output=places[to], to=to, quant="f32")
+    return places
 
 
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
@@ -86,7 +91,7 @@ def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) ->
 
 
 @pytest.fixture
-def turning(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
+def turning(tiny_llama: TinyLlama) -> dict[str, Path]:
     """A model that after WRITTEN[0] opens a turn, with the token <s>, and goes on with text in it; in every container."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,9 +108,7 @@ def turning(tiny_llama: TinyLlama, tmp_path: Path) -> dict[str, Path]:
     model.save_pretrained(folder)
     written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2)[0, -2:].tolist()
     assert written == [opening, text]
-    edgeport.export(model=folder, output=tmp_path / "turning.gguf", to="gguf", quant="f32")
-    edgeport.export(model=folder, output=tmp_path / "turning-onnx", to="onnx", quant="f32")
-    return {"hf": folder, "gguf": tmp_path / "turning.gguf", "onnx": tmp_path / "turning-onnx"}
+    return in_every_container(folder)
 
 
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
