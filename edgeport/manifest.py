@@ -32,7 +32,7 @@ class WeightFact:
     origin: str
     stored: str
     rounding: str | None = None
-    """How values became codes: "nearest" with fresh scales, or a rule on the base's own grid."""
+    """How values became codes: "nearest" with fresh scales, or a rule on the base's own grid or one made anew."""
     semantics: str | None = None
     change: float | None = None
     """|change| / |base|; None of a base of zeros"""

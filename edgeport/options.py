@@ -25,7 +25,7 @@ BlockSize = Annotated[int | None, typer.Option(help="Columns that share a scale:
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each block (onnx).")]
 Portable = Annotated[bool, typer.Option("--portable", help="Plain ONNX operators, for other runtimes than onnxruntime (onnx).")]
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda: what the graph is made for (onnx; default cpu).")]
-Rounding = Annotated[str, typer.Option(help="auto, nearest, stochastic or patch-aware, of a patch on quantized weights.")]
+Rounding = Annotated[str, typer.Option(help="How values become codes: auto, nearest, stochastic or patch-aware.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
 MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
 KeepFormat = Annotated[bool, typer.Option("--keep-format", help="Insist on the base's number formats (the default is to try).")]

@@ -219,8 +219,9 @@ def make_plan(
 
 def notes_on_rounding(steps: Sequence[Step], rule: Rule, method: Method, hindrance: str | None) -> list[str]:
     """Why weights are rounded without a text, or with less of one than there is."""
-    by_chance = any(step.rounding == UNCALIBRATED and is_linear(step.target) for step in steps)
-    if hindrance and (by_chance or method.calibration):
+    asked = method.calibration is not None and method.rounding == AUTO
+    lossy = [step for step in steps if is_linear(step.target) and not step.copied and step.target.codec != "plain"]
+    if hindrance and any(asked or step.rounding == UNCALIBRATED for step in lossy):
         return [f"no text is run through the model to guide the rounding: {hindrance}"]
     if rule.tokens < TOKENS and may_see(steps, rule):
         return [f"--max-ram has room for {rule.tokens} of {TOKENS} tokens of the text that guides the rounding"]

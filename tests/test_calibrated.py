@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def roundings(receipt: edgeport.Receipt) -> dict[str | None, int]:
     return found
 
 
-@pytest.mark.parametrize(("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), ("hf", "nf4"), ("hf", "gptq-4")])
+@pytest.mark.parametrize(("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), ("hf", "nf4"), ("hf", "gptq-4"), ("hf", "w4a16")])
 def test_a_model_made_smaller_on_a_text_says_more_nearly_the_same(
     tiny_llama: TinyLlama, text: Path, tmp_path: Path, to: str, quant: str
 ) -> None:
@@ -74,6 +75,23 @@ def test_without_means_to_run_the_text_weights_go_to_the_nearest_and_it_is_said(
     receipt = edgeport.export(model=model, output=tmp_path / "out", to="hf", quant="nf4", calibration=text)
     assert "patch-aware" not in roundings(receipt)
     assert any("no text is run through the model" in note and "tokenizer.json" in note for note in receipt.notes)
+    whole = edgeport.export(model=model, output=tmp_path / "whole", to="hf", quant="bf16", calibration=text)
+    assert not any("no text" in note for note in whole.notes)
+
+
+def test_a_model_that_cannot_be_run_goes_to_the_nearest_and_it_is_said(
+    tiny_llama: TinyLlama, text: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    options: dict[str, Any] = {"model": model, "to": "hf", "quant": "nf4"}
+    receipt = edgeport.export(**options, output=tmp_path / "out", calibration=text)
+    assert roundings(receipt).keys() <= {None, "nearest"}
+    assert any("no text was run through the model" in note and "unheard-of" in note for note in receipt.notes)
+    edgeport.export(**options, output=tmp_path / "plain")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain"))
+    assert one == two
 
 
 @pytest.mark.parametrize("text_runs", [True, False])
