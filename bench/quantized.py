@@ -8,8 +8,8 @@ there), and, as a bar, onto the 16-bit base first and quantized once; then at a 
 an adapter of rank 8 or 32 beside it, with weights promoted up to a tenth more, and the patch as a sidecar.
 
 Each patch is `TASK=FOLDER`, a packaged task and an adapter; --norms scales it so that |change| / |weight| is that on
-average over its weights. Rows are made by --jobs processes, and written to -o as they come; a file that is there is
-gone on with, and `--table FILE ...` prints what files of several runs hold together, with --summary in a line a base.
+average over its weights. Rows are made by --jobs processes, and written to -o as they come; of a file that is there
+what it lacks is made, and `--table FILE ...` prints what files of several runs hold together, with --summary in a line a base.
 
 Columns: accuracy on held-out questions, and lost and won ones beside the exact port, which has the same questions, so
 that the share of the gain that is recovered has a narrow interval; the same share of the right option's log-probability;
@@ -26,7 +26,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ class Job:
     task: str
     patch: Path
     norm: str
-    ways: tuple[str, ...]
-    seeds: tuple[int, ...]
+    rows: tuple[tuple[str, int], ...]
+    """Way and seed of each."""
     base: Path
     """The 16-bit evolved base."""
     scratch: Path
@@ -93,10 +93,9 @@ def ports(job: Job, quantized: Path) -> Iterator[tuple[str, int, dict[str, Any]]
         "promote": {**own, "promote": True, "max_size": int(size * PROMOTED)},
         "sidecar": {**own, "sidecar": True},
     }
-    for way in options:
-        for seed in job.seeds if way in DRAWN else job.seeds[:1]:
-            if way in job.ways:
-                yield way, seed, {**options[way], "seed": seed}
+    for way, seed in job.rows:
+        if way in options:
+            yield way, seed, {**options[way], "seed": seed}
 
 
 def container(format: str) -> tuple[str, str]:
@@ -180,7 +179,7 @@ HEAD = ["base", "task", "norm", "way", "seed", "accuracy", "beside exact", "gain
 
 
 SUMMED = ("base", "exact", "nearest", "patch-aware", "16-bit first")
-SUMMARY_HEAD = ["base", "task", *SUMMED, "log-gain kept (95 %)", "KL", "of 16-bit first", "perplexity"]
+SUMMARY_HEAD = ["format", "task", *SUMMED, "log-gain kept (95 %)", "KL", "of 16-bit first", "perplexity"]
 
 
 def summary(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]]:
@@ -223,27 +222,26 @@ def gathered(files: Sequence[Path]) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {key(row): row for file in files if file.is_file() for row in json.loads(file.read_text())}
 
 
-def jobs_of(arguments: argparse.Namespace, base: Path, scratch: Path) -> list[Job]:
-    """The longest first: the real patch in every way, then its scaled copies at the base's size and with one seed."""
+def jobs_of(arguments: argparse.Namespace, base: Path, scratch: Path, known: Container[tuple[Any, ...]]) -> list[Job]:
+    """What is asked and not `known`: the real patch in every way, then its scaled copies at the base's size."""
     jobs = []
     for norm in sorted(arguments.norms, key=lambda norm: norm != REAL):
+        ways = [way for way in WAYS if way in arguments.ways and (norm == REAL or way in SAME_SIZE)]
+        asked = [(way, seed) for way in ways for seed in (arguments.seeds if way in DRAWN else [0])]
         for task, patch in arguments.patches.items():
             for format in arguments.formats or (*GGUF, *FOLDERS):
-                ways = tuple(way for way in arguments.ways if norm == REAL or way in SAME_SIZE)
-                seeds = tuple(arguments.seeds if norm == REAL else arguments.seeds[:1])
-                jobs.append(Job(format, task, patch, norm, ways, seeds, base, scratch, arguments.limit, arguments.tokens,
-                                arguments.device))  # fmt: skip
+                rows = tuple(row for row in asked if (format, task, norm, *row) not in known)
+                if rows:
+                    jobs.append(Job(format, task, patch, norm, rows, base, scratch, arguments.limit, arguments.tokens,
+                                    arguments.device))  # fmt: skip
     return jobs
 
 
-def run(jobs: Sequence[Job], processes: int, output: Path) -> None:
-    """Every job that `output` lacks rows of; what one has made is written as soon as it is done."""
+def run(jobs: Sequence[Job], processes: int, output: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    """What each job makes goes into `output` as soon as it is done, beside the `rows` that are there."""
     began = time.monotonic()
-    rows = gathered([output])
-    done = {name[:3] for name in rows}
-    left = [job for job in jobs if (job.format, job.task, job.norm) not in done]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        asked = {pool.submit(carry_out, job): job for job in left}
+        asked = {pool.submit(carry_out, job): job for job in jobs}
         for count, finished in enumerate(as_completed(asked), 1):
             job = asked[finished]
             try:
@@ -255,7 +253,7 @@ def run(jobs: Sequence[Job], processes: int, output: Path) -> None:
             partial = output.with_suffix(".partial")
             partial.write_text(json.dumps(sorted(rows.values(), key=order), indent=1) + "\n")
             partial.replace(output)
-            print(f"{count} of {len(left)}  {job.name}  {len(made)} rows  {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{count} of {len(jobs)}  {job.name}  {len(made)} rows  {time.monotonic() - began:.0f} s", flush=True)
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -289,7 +287,8 @@ def main() -> None:
             base = arguments.base or Path(scratch) / "evolved"
             if not arguments.base:
                 edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=base, to="hf", quant="bf16")
-            run(jobs_of(arguments, base, Path(scratch)), arguments.jobs, arguments.output)
+            known = gathered([arguments.output])
+            run(jobs_of(arguments, base, Path(scratch), known), arguments.jobs, arguments.output, known)
     rows = gathered(arguments.table or [arguments.output])
     if arguments.summary:
         print(table(SUMMARY_HEAD, summary(rows)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.aside import converse, within
 from edgeport.errors import VerificationFailed
 from edgeport.memory import IMPORT_BYTES, MIB
-from edgeport.probing import PROCESS_BYTES, Job, hindered, window_bytes, window_length
+from edgeport.probing import PROCESS_BYTES, Job, hindered, scores_bytes, window_bytes, window_length
 from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
 from edgeport.scratch import NUMBER_BYTES, Place, read, read_drift
@@ -75,10 +75,10 @@ def text_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """
     hidden = int(config.get("hidden_size") or 0)
     wide = int(config.get("intermediate_size") or 4 * hidden)
-    heads = int(config.get("num_attention_heads") or 1)
     length = window_length(config)
-    running = min(windows_at_once(config), max(tokens // length, 1))
-    return running * window_bytes(length, config) + 4 * tokens * (4 * hidden + max(2 * wide, heads * length))
+    windows = max(tokens // length, 1)
+    waiting = max(8 * tokens * wide, windows * scores_bytes(length, config))
+    return min(windows_at_once(config), windows) * window_bytes(length, config) + 16 * tokens * hidden + waiting
 
 
 def scratch_bytes(steps: Sequence[Step], rule: Rule) -> int:

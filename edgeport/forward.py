@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgeport.blocks import Readable, decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
 from edgeport.memory import trim_heap
+from edgeport.probing import FUSED
 from edgeport.seams import Executable, Scorer, Source
 from edgeport.tensor import Weight, is_buffer
 
@@ -121,9 +122,9 @@ def build(config: Mapping[str, Any]) -> Model:
 
     Raises UnsupportedArchitecture where transformers has none for it.
     """
-    # eager, since sdpa leaves out Gemma 2's soft cap on attention scores
     transformers = need("transformers", "hf")
-    make = partial(transformers.AutoModelForCausalLM.from_config, attn_implementation="eager")
+    attention = "sdpa" if config.get("model_type") in FUSED else "eager"
+    make = partial(transformers.AutoModelForCausalLM.from_config, attn_implementation=attention)
     return made(config, make, "causal language model")
 
 

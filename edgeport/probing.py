@@ -40,6 +40,9 @@ PROCESS_BYTES = 480 * MIB
 """Python, torch, transformers and tokenizers with a model's code at hand (VmHWM), and a block of each of three weights."""
 TEXT_BYTES = 1 << 20
 """Of a --calibration file, what is read."""
+FUSED = ("gemma", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""Types of models whose attention torch computes in one piece (sdpa). That leaves out Gemma 2's soft cap, and of other types
+it is not known; there the scores of every token for every other are kept at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,13 @@ def window_bytes(tokens: int, config: Mapping[str, Any]) -> int:
     """Activations of so many tokens that see each other, in one layer."""
     hidden = int(config.get("hidden_size") or 0)
     wide = int(config.get("intermediate_size") or 4 * hidden)
-    heads = int(config.get("num_attention_heads") or 1)
-    return 4 * tokens * (8 * hidden + 4 * wide + 4 * heads * tokens)
+    return 4 * tokens * (8 * hidden + 4 * wide) + 4 * scores_bytes(tokens, config)
+
+
+def scores_bytes(tokens: int, config: Mapping[str, Any]) -> int:
+    """Of attention between so many tokens, in one layer. What torch computes in one piece has but a mask."""
+    heads = 1 if config.get("model_type") in FUSED else int(config.get("num_attention_heads") or 1)
+    return 4 * heads * tokens * tokens
 
 
 def job_of(plan: Plan, staging: Path) -> Job:

@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", "logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "phi": {"model_type": "phi"},
+    "phi3": {"model_type": "phi3", "sliding_window": 8},
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64},
 }  # fmt: skip
 
