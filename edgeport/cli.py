@@ -378,9 +378,9 @@ def bench(
     refit: Annotated[str | None, typer.Option(help="A patch trained on the evolved base itself: the ceiling.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text, UTF-8: adds each model's perplexity on it.")] = None,
     quant: Annotated[list[str] | None, typer.Option(help="TYPE or CONTAINER:TYPE; repeats, the first is the reference.")] = None,
-    suite: Annotated[str, typer.Option(help="A packaged suite.")] = "triage",
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask at most.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which questions of a suite.")] = 0,
+    suite: Annotated[str | None, typer.Option(help="A packaged suite (default: triage).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask at most; of a file, its first ones.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Which questions of a suite (default: 0).")] = None,
     overwrite: Overwrite = False,
     offline: Offline = False,
     no_progress: NoProgress = False,
@@ -391,6 +391,8 @@ def bench(
         from edgeport.benchmark.command import Own, bench_own, bench_suite
 
         command, watch = f"edgeport {shlex.join(sys.argv[1:])}", lambda line: say(line, no_progress)
+        if model and (suite is not None or seed is not None):
+            raise UnknownName("--suite and --seed are of the packaged suites; leave them off beside --model")
         if model and patch and questions:
             own = Own(model, patch, questions, old_base, refit)
             results = bench_own(own, output, quant or [], text=text, limit=limit, overwrite=overwrite, offline=offline,
@@ -399,8 +401,8 @@ def bench(
         elif model or patch or questions or old_base or refit or text:
             raise UnknownName("your own benchmark takes --model, --patch and --questions together; without any, a suite runs")
         else:
-            results = bench_suite(suite, output, quant or [], limit=limit, seed=seed, overwrite=overwrite, command=command,
-                say=watch,
+            results = bench_suite(suite or "triage", output, quant or [], limit=limit, seed=seed or 0, overwrite=overwrite,
+                command=command, say=watch,
             )  # fmt: skip
         emit(results.to_json(), as_json, f"{results.text()}\n\nThe page is {output / 'results.html'}.")
 

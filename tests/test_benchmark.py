@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,9 +41,10 @@ def test_flips_and_kept_gain_by_hand() -> None:
         (PORTED, "bf16"): [True, True, False, False], (REFIT, "bf16"): [True, True, True, False],
         (PORTED, "Q4_0"): [False, True, False, True], (EVOLVED, "Q4_0"): [False, False, False, False],
     }  # fmt: skip
+    right = {key: answers * 10 for key, answers in right.items()}
     given = [(row(*key, answers), answers) for key, answers in right.items()]
     found = {(one.model, one.precision): one for one in completed(given, "bf16")}
-    assert [found[PORTED, name].negative_flips for name in ("bf16", "Q4_0")] == [1, 2]
+    assert [found[PORTED, name].negative_flips for name in ("bf16", "Q4_0")] == [10, 20]
     assert [found[PORTED, name].gain_kept for name in ("bf16", "Q4_0")] == [0.5, 0.5]
     assert found[REFIT, "bf16"].gain_kept == 1.0
     assert found[EVOLVED, "Q4_0"].gain_kept is None and found[EVOLVED, "Q4_0"].negative_flips is None
@@ -48,9 +52,10 @@ def test_flips_and_kept_gain_by_hand() -> None:
 
 
 def test_no_share_of_a_gain_that_is_not_there() -> None:
-    given = {EVOLVED: [True, True], PORTED: [True, False], REFIT: [True, True]}
-    found = completed([(row(model, "bf16", right), right) for model, right in given.items()], "bf16")
-    assert [one.gain_kept for one in found] == [None] * 3
+    for refit in ([True, True], [True, False]):  # none, and one of a question in two
+        given = {EVOLVED: [True, False], PORTED: [True, False], REFIT: refit}
+        found = completed([(row(model, "bf16", right), right) for model, right in given.items()], "bf16")
+        assert [one.gain_kept for one in found] == [None] * 3
 
 
 def test_rows_alone_say_what_they_can() -> None:
@@ -189,6 +194,8 @@ def test_all_rows_and_a_folder(own: list[str | Path], tiny_llama: TinyLlama, tmp
         (["--quant", "Q9_9"], 2, "Q9_9"),
         (["--quant", "tflite:int8"], 2, "CONTAINER:TYPE"),
         (["--suite", "x", "--model", ""], 2, "--model, --patch and --questions together"),
+        (["--suite", "triage"], 2, "--suite and --seed are of the packaged suites"),
+        (["--seed", "0"], 2, "--suite and --seed are of the packaged suites"),
         (["--patch", "nowhere"], 1, "nowhere does not exist"),
         (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["--old-base", "nowhere"], 1, "nowhere does not exist"),
@@ -227,6 +234,43 @@ def test_a_failure_on_the_way_keeps_its_code_and_leaves_nothing(
     (tmp_path / "out").mkdir()
     assert run(*own, "--quant", "Q8_0").exit_code == 4
     assert not list((tmp_path / "out").iterdir())
+    assert run(*own, "--quant", "Q8_0", "-o", tmp_path / "a" / "deep" / "place").exit_code == 4
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_killed_run_leaves_nothing_and_another_s_models_go(own: list[str | Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgeport", "bench", *map(str, own), "--quant", "Q8_0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr and "evolved" in child.stderr.readline()  # a model is being made
+        child.terminate()
+        assert child.wait() == 143
+    assert not (tmp_path / "out").exists()
+    left = tmp_path / "out" / ".models.partial" / "model-x"
+    left.mkdir(parents=True)
+    (left / "model.gguf").write_bytes(b"what a run left that was killed outright")
+    assert run(*own, "--quant", "Q8_0", "--quant", "Q8_0").exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "results.html"}
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [one["model"] for one in rows] == ["ported", "evolved base"]
+
+
+def test_a_folder_whose_name_is_no_text(own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(own[1]).rename(tmp_path / os.fsdecode(b"ev\xff"))
+    one = ("ported", "bf16", 1, 1, 1, 0, 1)
+    monkeypatch.setattr(Bench, "measure", lambda _, evolution, cases: [Row(cases[0].name, evolution.name, *one)])
+    assert run(*own, "--model", model).exit_code == 0
+    assert "ev\ufffd" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_text_through_a_pipe(own: list[str | Path], tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"the patch is added to the base, one block of one weight at a time\n")
+    os.close(write)
+    done = run(*own, "--quant", "Q8_0", "--text", f"/dev/fd/{read}")
+    os.close(read)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert all(one["perplexity"] > 1 for one in rows)
 
 
 def test_names_that_would_break_the_tables(own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 import edgeport
 from bench.spoiling import NORM
-from edgeport.benchmark.harness import rolling
+from edgeport.benchmark.harness import rolling, shortened
 from edgeport.benchmark.questions import BadQuestions, Choice
 from edgeport.benchmark.runner import Tree, groups, open_runner
 from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
-from edgeport.errors import EdgeportError, NonFiniteResult
+from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
 from tests.conftest import TinyLlama
@@ -88,6 +88,50 @@ def test_writing_is_greedy_and_stops(container: str, models: dict[str, Path]) ->
         row = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
         expected = tokenizer.decode(row, skip_special_tokens=True)
         assert expected.startswith(text) and (text == expected or "\n" in text)
+
+
+ENDING = {"type": "TemplateProcessing", "single": [
+    {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+    {"SpecialToken": {"id": "</s>", "type_id": 0}},
+], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {
+    "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]},
+}}  # fmt: skip
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_a_tokenizer_that_ends_every_text(container: str, tiny_llama: TinyLlama) -> None:
+    """An end between prompt and option, or in an option's place, would be what the model is asked about."""
+    folder = tiny_llama("ending", vocab=300)
+    plain = open_runner(folder).encode("the patch is added")
+    spelled = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spelled | {"post_processor": ENDING}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "add_eos_token": True}))
+    runner = open_runner(in_every_container(folder)[container])
+    assert runner.encode("the patch is added") == [1, *plain] and runner.encode("") == [1]
+    asked = pair(runner, "the patch is", " added")
+    assert [*asked.prompt, *asked.branches[0]] == [1, *plain]
+
+
+def test_control_tokens_in_a_prompt_are_the_same_everywhere(models: dict[str, Path]) -> None:
+    """As a chat template written into the prompt has them."""
+    found = [open_runner(place).encode("<s>the patch</s>\nis") for place in models.values()]
+    assert found[0][0] == 1 and 2 in found[0] and found[0] == found[1] == found[2]
+
+
+def test_options_that_are_the_same_to_the_model(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = open_runner(models["hf"])
+    encode = runner.encode
+    monkeypatch.setattr(runner, "encode", lambda text: encode(text.lower()))
+    with pytest.raises(BadQuestions, match="are the same tokens"):
+        tree(runner, Choice("the patch is", (" one", " One"), 0))
+
+
+def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
+    assert shortened(Tree([1, 2, 3, 4], [[5, 6]]), 4) == Tree([2, 3, 4], [[5, 6]])
+    assert shortened(Tree([1, 2], [[5, 6]]), 4) == Tree([1, 2], [[5, 6]])
+    with pytest.raises(ConvertError, match="continuation of 5 tokens is too long for 4 positions"):
+        shortened(Tree([1], [[5] * 5]), 4)
 
 
 @pytest.fixture
@@ -194,6 +238,13 @@ def test_divergence_by_hand(tmp_path: Path) -> None:
 
     with path.open("rb") as file:
         assert divergence(file, Judged(other, [], [])) == pytest.approx(0.25 * np.log(2), rel=1e-5)
+    unheard = np.array([0, 0, -np.inf], np.float32)
+    with path.open("rb") as file, pytest.raises(NonFiniteResult, match="no chance"):
+        divergence(file, Judged(unheard, [], []))
+    path.write_bytes(unheard.tobytes())
+    with path.open("rb") as file:
+        assert divergence(file, Judged(unheard - 1, [], [])) == pytest.approx(2.0)
+    path.write_bytes(reference.tobytes())
     with path.open("rb") as file, pytest.raises(EdgeportError, match="4 tokens"):
         divergence(file, Judged(np.zeros(4, np.float32), [], []))
 

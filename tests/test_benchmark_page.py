@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,31 @@ def test_sorting(shown: Any) -> None:
     shown.locator('th[data-key="bytes"]').press("Enter")
     assert [float(text.split()[0]) for text in column(shown, 4)] == sorted(sizes)
     assert shown.locator('th[data-key="bytes"]').get_attribute("aria-sort") == "ascending"
+
+
+def test_sorting_by_what_the_first_row_lacks(shown: Any) -> None:
+    """The reference has no divergence from itself; the others come first, the largest on top."""
+    shown.locator('th[data-key="kl"]').click()
+    assert shown.locator('th[data-key="kl"]').get_attribute("aria-sort") == "descending"
+
+
+def test_labels_say_where_their_lines_are(shown: Any) -> None:
+    for hidden in ("old base", "tuned old base", "evolved base", "re-tuned"):
+        press(shown, "model", hidden)
+    for hidden in ("Q8_0", "Q4_0"):
+        press(shown, "precision", hidden)
+    texts = shown.locator("#chart text").all_text_contents()
+    shares = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
+    assert len(shares) > 2 and len({round(above - below, 6) for below, above in pairwise(shares)}) == 1, texts
+
+
+def test_the_floor_stays_within_the_chart(browser: Any, tmp_path: Path) -> None:
+    found = results()
+    (tmp_path / "results.html").write_text(page(replace(found, tasks=[{**one, "floor": 0.99} for one in found.tasks])))
+    with closing(browser.new_page()) as opened:
+        opened.goto((tmp_path / "results.html").as_uri())
+        assert opened.locator("#chart svg").count() == 1
+        assert "always the commonest answer" not in (opened.locator("#chart").text_content() or "")
 
 
 def test_the_front_is_of_models_that_none_beats(shown: Any) -> None:

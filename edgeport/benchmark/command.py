@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from threading import current_thread, main_thread
 
 from edgeport import api
 from edgeport.benchmark.page import page
@@ -20,10 +22,13 @@ from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, packaged_model
 from edgeport.errors import OutputExists, UnknownName
 from edgeport.gate import gate
+from edgeport.places import staging_path
+from edgeport.staging import claimed
 
 PRECISIONS = ("bf16", "Q8_0", "Q4_K_M")
 SUITES = {"triage": "the demo's model, evolution and patch; ICD-10-CM triage to 8 departments"}
 FILES = ("results.json", "results.md", "results.html")
+WORK = "models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,8 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
               offline: bool, command: str, say: Say) -> Results:  # fmt: skip
     """Measure a patch on a user's model. Every mistake in the input is raised before a file is made."""
     questions = read_questions(own.questions)[:limit]
-    if text is not None:
-        read_text(text)
-    precisions = [Precision.parse(one) for one in quants or PRECISIONS]
+    told = read_text(text) if text is not None else None
+    precisions = list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
     check_output(output, overwrite)
     # ports go into a folder that is made only when all is well; the one it will be in has the same disk
     standing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
@@ -60,13 +64,17 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
             for precision in precisions
         ]  # fmt: skip
         gate(plans[0], force=False)
-    case = Case(own.questions.stem, questions, own.patch, own.refit)
-    evolution = Evolution(Path(own.model).name or Path(own.model).resolve().name, own.model, own.old_base)
-    tasks = [facts(case, case.name, own.questions.name)]
+    case = Case(readable(own.questions.stem), questions, own.patch, own.refit)
+    evolution = Evolution(readable(Path(own.model).name or Path(own.model).resolve().name), own.model, own.old_base)
+    tasks = [facts(case, case.name, readable(own.questions.name))]
     extra = ["--offline"] if offline else []
     with working(output) as folder:
-        rows = list(Bench(folder, precisions, text, extra, say).measure(evolution, [case]))
-    return written(Results(command, tasks, None, rows), output)
+        # what was checked is what is read, also where it came through a pipe
+        copy = folder / "text.txt" if told is not None else None
+        if copy and told is not None:
+            copy.write_text(told, encoding="utf-8")
+        rows = list(Bench(folder, precisions, copy, extra, say).measure(evolution, [case]))
+    return written(Results(readable(command), tasks, None, rows), output)
 
 
 def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | None, seed: int, overwrite: bool, command: str,
@@ -75,7 +83,7 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
     if name not in SUITES:
         known = ", ".join(f"{suite} ({what})" for suite, what in SUITES.items())
         raise UnknownName(f"no suite is called {name}; there is {known}")
-    precisions = [Precision.parse(one) for one in quants or PRECISIONS]
+    precisions = list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
     check_output(output, overwrite)
     try:
         questions = asked("triage", "test", limit or 400, seed)
@@ -87,7 +95,7 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
         api.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=evolved, to="hf", quant="bf16", offline=True)
         evolution = Evolution("LoRA r8", evolved, str(packaged_model()))
         rows = list(Bench(folder, precisions, None, ["--offline"], say).measure(evolution, [case]))
-    return written(Results(command, [facts(case, TASKS["triage"].title, TASKS["triage"].source)], seed, rows), output)
+    return written(Results(readable(command), [facts(case, TASKS["triage"].title, TASKS["triage"].source)], seed, rows), output)
 
 
 def facts(case: Case, title: str, source: str) -> dict[str, object]:
@@ -104,25 +112,60 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputExists(f"{output} has {', '.join(present)} already; give another -o or --overwrite")
 
 
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """In the block a SIGTERM ends the program as an exception does, so that no model in work stays behind."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def working(output: Path) -> Iterator[Path]:
     """A folder for models in work, beside the results: they may be larger than what /tmp holds. A failure leaves nothing."""
-    anew = not output.exists()
+    anew = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=".work-", dir=output) as folder:
-            yield Path(folder)
+        with ending_in_order(), claimed(output / WORK):
+            folder = staging_path(output / WORK)
+            emptied(folder)  # of what a run that was killed outright has left
+            try:
+                yield folder
+            finally:
+                emptied(folder)
     except BaseException:
-        if anew:
-            output.rmdir()
+        for folder in anew:
+            folder.rmdir()
         raise
 
 
 def written(results: Results, output: Path) -> Results:
     """Write the three files, each whole or not at all."""
     contents = (json.dumps(results.to_json(), indent=1) + "\n", results.markdown(), page(results))
-    for name, content in zip(FILES, contents, strict=True):
+    for name, content in zip(FILES, [content.encode() for content in contents], strict=True):
         partial = output / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content)
         shutil.move(partial, output / name)
     return results
+
+
+def readable(name: str) -> str:
+    """A name or a command with bytes that are no text replaced, which a page could not hold."""
+    return os.fsencode(name).decode(errors="replace")

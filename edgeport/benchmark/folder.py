@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, together
+from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opening, together
 from edgeport.device import choose
 from edgeport.errors import need
 
@@ -28,6 +28,7 @@ class FolderRunner:
         self.torch: Any = torch
         self.device = choose("auto")
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        self.opening = opening(lambda text: list(self.tokenizer(text)["input_ids"]), self.bare)
         # no device_map for unquantized weights: it would need accelerate
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
@@ -38,7 +39,10 @@ class FolderRunner:
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        return self.opening + self.bare(text)
+
+    def bare(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
         for group in groups(trees, PACK_TOKENS, PACK_BRANCHES):

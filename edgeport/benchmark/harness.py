@@ -5,17 +5,22 @@ python -m edgeport.benchmark.harness --model edgeport --model_args path=ported-Q
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgeport.benchmark.runner import Runner, Tree, open_runner
 from edgeport.benchmark.score import pair
-from edgeport.errors import need
+from edgeport.errors import ConvertError, EdgeportError, MissingExtra, UnknownName, need
 
 WINDOW = 1024
 """Tokens of a long text that are read at once."""
+GIVEN = {"batch_size", "max_batch_size", "device"}
+"""What the harness tells every model. Texts are packed here, and go to the device that there is."""
 NEW_TOKENS = 256
 """What a task that says nothing may write."""
 
@@ -29,12 +34,14 @@ def register() -> None:
     class Edgeport(model.LM):  # type: ignore[misc]
         """A GGUF file or a transformers folder; each request's `args` are texts."""
 
-        def __init__(self, path: str, **_: Any) -> None:
+        def __init__(self, path: str, **more: Any) -> None:
             super().__init__()
+            if unknown := more.keys() - GIVEN:
+                raise UnknownName(f"--model_args {', '.join(sorted(unknown))}: edgeport's model takes path=MODEL alone")
             self.runner = open_runner(Path(path))
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            trees = [pair(self.runner, *request.args) for request in requests]
+            trees = [shortened(pair(self.runner, *request.args), self.runner.positions) for request in requests]
             return [(judged.loglikelihoods[0], judged.greedy[0]) for judged in self.runner.judge(trees)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -44,13 +51,28 @@ def register() -> None:
             return [self.written(*request.args) for request in requests]
 
         def written(self, prompt: str, settings: dict[str, Any]) -> str:
+            if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
+                raise UnknownName("the task wants samples or beams, and edgeport writes the likeliest token each time")
             until = settings.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
             tokens = settings.get("max_gen_toks", NEW_TOKENS)
-            text = self.runner.write([self.runner.encode(prompt)], tokens, stops)[0]
+            seen = self.runner.encode(prompt)[-max(self.runner.positions - tokens, 1) :]
+            text = self.runner.write([seen], tokens, stops)[0]
             return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
 
     registry.register_model("edgeport")(Edgeport)
+
+
+def shortened(tree: Tree, positions: int) -> Tree:
+    """Without the begin of a prompt that has no place before its continuation, as the harness cuts its own models'.
+
+    Raises ConvertError where the continuation alone has none.
+    """
+    after = tree.longest - len(tree.prompt)
+    room = positions - after
+    if room < 1:
+        raise ConvertError(f"a continuation of {after + 1} tokens is too long for {positions} positions")
+    return replace(tree, prompt=tree.prompt[-room:])
 
 
 def rolling(runner: Runner, text: str) -> float:
@@ -61,11 +83,18 @@ def rolling(runner: Runner, text: str) -> float:
     return sum(judged.loglikelihoods[0] for judged in runner.judge(trees))
 
 
-def main() -> None:
-    register()
-    program: Any = need("lm_eval.__main__", "lm-eval")
-    program.cli_evaluate()
+def main() -> int:
+    try:
+        if not find_spec("lm_eval"):
+            raise MissingExtra("lm-evaluation-harness is not installed: pip install lm-eval")
+        register()
+        program: Any = need("lm_eval.__main__", "lm-eval")
+        program.cli_evaluate()
+    except (EdgeportError, MissingExtra) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,8 +39,9 @@ class LlamaRunner:
     def encode(self, text: str) -> list[int]:
         data = text.encode()
         ids = (self.llama.llama_token * (len(data) + 8))()
-        count = self.llama.llama_tokenize(self.vocabulary, data, len(data), ids, len(ids), True, False)
-        return list(ids[:count])
+        # neither start nor end of llama.cpp's own, and control tokens as such
+        count = self.llama.llama_tokenize(self.vocabulary, data, len(data), ids, len(ids), False, True)
+        return [*([self.start] if self.llama.llama_vocab_get_add_bos(self.vocabulary) else []), *ids[:count]]
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
         room = max([BATCH_TOKENS, *(tree.tokens for tree in trees)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgeport.benchmark.llama import threads
-from edgeport.benchmark.runner import Judged, Tree, log_softmax
+from edgeport.benchmark.runner import Judged, Tree, log_softmax, opening
 from edgeport.errors import NotACheckpoint
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
@@ -23,6 +23,7 @@ class OnnxRunner:
         if tokenizer is None:
             raise NotACheckpoint(f"{path} has no tokenizer.json to read questions with; copy the base's beside the model")
         self.tokenizer = tokenizer
+        self.opening = opening(lambda text: list(tokenizer.encode(text).ids), self.bare)
         ends = source.config.get("eos_token_id") or ()
         controls = (token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
         self.ends = {*([ends] if isinstance(ends, int) else ends), *controls}
@@ -32,7 +33,10 @@ class OnnxRunner:
         self.positions = self.runner.positions
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text).ids)
+        return self.opening + self.bare(text)
+
+    def bare(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
         import numpy as np

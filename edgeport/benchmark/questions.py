@@ -60,11 +60,18 @@ def read_questions(path: Path) -> list[Asked]:
 
 def parsed(line: str, where: str) -> Asked:
     """One question. Raises BadQuestions, which begins with `where`."""
+    names: list[str] = []
+
+    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names.extend(name for name, _ in pairs)
+        return dict(pairs)
+
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=noted)
     except (ValueError, RecursionError) as error:
         raise BadQuestions(f"{where}: not JSON ({error}); write one object a line") from error
-    complaint = mistake(fields)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    complaint = f"{', '.join(map(repr, repeated))} stands there more than once" if repeated else mistake(fields)
     if complaint:
         raise BadQuestions(f"{where}: {complaint}")
     if "target" in fields:
@@ -78,7 +85,7 @@ def mistake(fields: Any) -> str | None:
         return "an object with prompt, and either options and answer or target, was expected"
     unknown = sorted(set(fields) - {"prompt", "options", "answer", "target"})
     if unknown:
-        return f"{', '.join(unknown)}: no such field; there are prompt, options, answer and target"
+        return f"{', '.join(map(repr, unknown))}: no such field; there are prompt, options, answer and target"
     if not isinstance(fields.get("prompt"), str) or not fields["prompt"].strip():
         return "prompt has to be a text"
     if any("\ud800" <= sign <= "\udfff" for text in texts(fields) for sign in text):
@@ -86,6 +93,8 @@ def mistake(fields: Any) -> str | None:
     if ("target" in fields) == ("options" in fields):
         return "either options (with answer) or target has to be there, and not both"
     if "target" in fields:
+        if "answer" in fields:
+            return "answer is the number of an option, and there are none beside a target"
         target = fields["target"]
         if not isinstance(target, str) or not target.strip():
             return "target has to be a text"

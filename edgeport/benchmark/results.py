@@ -8,11 +8,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from edgeport import __version__
-from edgeport.demo.triage import accuracy_interval
+from edgeport.demo.triage import Z_95, accuracy_interval
 from edgeport.memory import in_words
 from edgeport.report import table
 
@@ -20,8 +21,6 @@ FORMAT = 2
 OLD, TUNED, EVOLVED, PORTED, REFIT = "old base", "tuned old base", "evolved base", "ported", "re-tuned"
 MODELS = (OLD, TUNED, EVOLVED, PORTED, REFIT)
 """The rows of PortLLM's table: the last is the ceiling, the patch trained again on the evolved base."""
-LEAST_GAIN = 0.01
-"""Accuracy that refitting has to add before a share of it says anything."""
 PACKAGES = (
     "torch", "transformers", "llama-cpp-python", "gguf", "bitsandbytes", "onnxruntime", "simple-icd-10-cm", "reasoning-gym",
 )  # fmt: skip
@@ -46,9 +45,10 @@ class Row:
     negative_flips: int | None = None
     """Questions that the tuned old base (else the port in the first precision) answers right, and this model wrong."""
     kl: float | None = None
-    """Mean KL in nats from the port in the first precision to this model, of the token after each prompt."""
+    """Mean KL in nats from the port in the first precision to this model, of the token after each of the first 256 prompts."""
     gain_kept: float | None = None
-    """(this - evolved base) / (re-tuned - evolved base) in accuracy, bases in the first precision; None without a gain."""
+    """(this - evolved base) / (re-tuned - evolved base) in accuracy, bases in the first precision; None where the questions do
+    not tell the latter from none."""
     patch_kept: float | None = None
     """Mean share of the patch's change to the weights that the file keeps."""
     port_seconds: float | None = None
@@ -136,14 +136,16 @@ def cells(row: Row) -> list[str]:
 
 def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
     """The rows with their share of the gain, where the evolved base and the refit in the reference precision are there."""
-    accuracies = {row.key: row.accuracy for row in rows}
+    known = {row.key: row for row in rows}
 
     def one(row: Row) -> Row:
-        evolved = accuracies.get((row.task, row.evolution, EVOLVED, reference, 0))
-        refit = accuracies.get((row.task, row.evolution, REFIT, reference, row.patch_seed))
-        if evolved is None or refit is None or row.model not in (PORTED, REFIT) or refit - evolved < LEAST_GAIN:
+        evolved = known.get((row.task, row.evolution, EVOLVED, reference, 0))
+        refit = known.get((row.task, row.evolution, REFIT, reference, row.patch_seed))
+        if evolved is None or refit is None or row.model not in (PORTED, REFIT):
             return replace(row, gain_kept=None)
-        return replace(row, gain_kept=(row.accuracy - evolved) / (refit - evolved))
+        gain = refit.accuracy - evolved.accuracy
+        error = Z_95 * sqrt(sum(one.accuracy * (1 - one.accuracy) / one.total for one in (evolved, refit)))
+        return replace(row, gain_kept=(row.accuracy - evolved.accuracy) / gain if gain > error else None)
 
     return [one(row) for row in rows]
 

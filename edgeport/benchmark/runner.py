@@ -9,7 +9,7 @@ A question is a tree: the prompt's tokens, from which each option branches off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+WORD = "a"
 STEM = -1
 """In place of a branch's number: the prompt, which all branches share."""
 
@@ -72,7 +73,8 @@ class Runner(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with a start token where the model wants one."""
+        """Token ids, with a start token where the model wants one, and no end: what a model is asked goes on. What spells a
+        control token is one."""
         ...
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
@@ -86,6 +88,13 @@ class Runner(Protocol):
         control token, of which the text's end is one: what would follow belongs to another turn.
         """
         ...
+
+
+def opening(encode: Callable[[str], list[int]], bare: Callable[[str], list[int]]) -> list[int]:
+    """What a tokenizer puts before every text, from what it makes of one with (`encode`) and without (`bare`) its own tokens."""
+    whole, inner = encode(WORD), bare(WORD)
+    places = range(len(whole) - len(inner) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(inner)] == inner), 0)]
 
 
 RUNNERS = {"gguf": "edgeport.benchmark.llama", "hf": "edgeport.benchmark.folder", "onnx": "edgeport.benchmark.onnx"}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 KL_QUESTIONS = 256
 CHUNK_TOKENS, CHUNKS = 256, 8
 LEAST_SIGNS = 20
-"""Characters of a text that surely are two tokens or more."""
+"""Characters that a text has to have."""
 SPARE_TOKENS = 3
 """Tokens beyond the longest target that a model may write before its answer is cut off."""
 
@@ -51,6 +51,8 @@ def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
     if not all(branches):
         lost = continuations[branches.index([])]
         raise BadQuestions(f"{lost!r} adds no token to the prompt {stem[-40:]!r}; begin options and targets with a space")
+    if len(set(map(tuple, branches))) < len(branches):
+        raise BadQuestions(f"two options after {stem[-40:]!r} are the same tokens to the model, which cannot choose between them")
     return Tree(ids or [runner.start], branches)
 
 
@@ -109,7 +111,11 @@ def divergence(reference: BinaryIO, judged: Judged) -> float:
     row: Array = np.frombuffer(reference.read(judged.first.nbytes), dtype=np.float32)
     if row.size != judged.first.size:
         raise EdgeportError(f"this model has {judged.first.size} tokens, and the one it is compared with has another number")
-    return max(0.0, float((np.exp(row) * (row - judged.first)).sum(dtype=np.float64)))
+    likely = np.exp(row) > 0
+    found = float((np.exp(row[likely]) * (row[likely] - judged.first[likely])).sum(dtype=np.float64))
+    if not isfinite(found):
+        raise NonFiniteResult("the model gives no chance to a token that the one it is compared with does; it has no KL")
+    return max(0.0, found)
 
 
 def read_text(path: Path) -> str:
@@ -127,6 +133,8 @@ def perplexity(runner: Runner, text: str) -> float:
     """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own."""
     ids = runner.encode(text)
     pieces = list(cut(ids, min(CHUNK_TOKENS, runner.positions)))
+    if not pieces:
+        raise NotACheckpoint("the text of --text is a single token to the model; give one of some hundred words")
     spread = [pieces[number * len(pieces) // CHUNKS] for number in range(CHUNKS)] if len(pieces) > CHUNKS else pieces
     judged = runner.judge([Tree(piece[:1], [piece[1:]]) for piece in spread])
     return exp(-sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread))
