@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import Watch, attend
+from edgeport.calibration import PROBED
 from edgeport.effect import models
 from edgeport.forward import Streamed, multiply, stream
 from edgeport.memory import peak_bytes, return_freed_blocks
@@ -33,9 +34,6 @@ from edgeport.turns import Turn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-PROBED = 512
-"""Tokens from the start of a text that calibration leaves alone, so that a probe on them is not flattered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,8 @@ def calibrate(course: Course, watch: Watch) -> Iterator[dict[str, Any]]:
     import torch
 
     _, exact = models(course.job)
-    groups = torch.split(calibration_tokens(exact, course.job), course.windows)
+    tokens = calibration_tokens(exact, course.job)
+    groups = torch.split(tokens, course.windows)
     notes = Notes(course.handle, groups)
     streamed = stream(exact, lambda: watch(f"calibration: part {notes.group + 1} of {len(groups)}"))
     with heard(streamed, course.weights, notes.exact):
@@ -76,7 +75,7 @@ def calibrate(course: Course, watch: Watch) -> Iterator[dict[str, Any]]:
             say(streamed, group, course.weights, notes.exact)
     streamed = stream(exact)
     use(streamed, course.stored, course.written)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"tokens": tokens.numel(), "unread": unread(exact, course.job)}
 
     def stop(weight: str, inputs: Tensor) -> None:
         found.update(weight=weight, place=notes.port(weight, inputs), peak_ram_bytes=peak_bytes())
@@ -149,6 +148,11 @@ def calibration_tokens(source: Source, job: Job) -> Tensor:
     length = window_length(source.config)
     windows = found.shape[1] // length
     return found[:, : windows * length].reshape(-1, length) if windows else found
+
+
+def unread(source: Source, job: Job) -> bool:
+    """Whether the user's text ends before calibration begins."""
+    return job.text is not None and probe_tokens(source, PROBED + 1, read_text(Path(job.text))).shape[1] <= PROBED
 
 
 def main(packed: dict[str, Any], watch: Watch) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Protocol, cast
 
+from edgeport.errors import NonFiniteResult
 from edgeport.registry import codec
 from edgeport.seams import Lined
 from edgeport.tensor import Part, TensorSpec, Weight
@@ -83,6 +84,13 @@ def padded(matrix: Tensor, rows: range) -> Tensor:
 def finite(matrix: Tensor) -> bool:
     """Whether no value is NaN or infinite. Its extremes say so, and `isfinite` would take 7 bytes an element."""
     return not matrix.numel() or all(isfinite(bound.item()) for bound in matrix.aminmax())
+
+
+def check_finite(base: Tensor, exact: Tensor, rows: range) -> None:
+    """Raises NonFiniteResult where the rows with the patch added, `exact`, are no numbers."""
+    if not finite(exact):
+        where = "the base with the patch added" if finite(base) else "the base"
+        raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
 
 
 def as_tensor(data: bytearray) -> Tensor:

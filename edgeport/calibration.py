@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from edgeport.staging import Written
 
 TOKENS = 3072
+PROBED = 512
+"""Tokens from the start of a text that calibration leaves alone, so that a probe on them is not flattered."""
 COLUMNS = 64
 EMPHASIS = 6.0
 """Strength of a direction that a patch reads, relative to an average direction of the text."""
@@ -108,6 +110,10 @@ class Activations:
         self.answers: Generator[dict[str, Any] | str] | None = None
         self.peak_bytes = 0
         """Of the process that has run the text."""
+        self.tokens = 0
+        """That were run."""
+        self.unread = False
+        """Whether the user's text ended before any of those."""
         self.unable: str | None = None
         """Why there are none, once that is known."""
 
@@ -144,7 +150,7 @@ class Activations:
         stored = {step.target.name: step.target for step in steps if not step.copied and not plan.adapter}
         course = Course(job_of(plan), weights, stored, written(), self.handle, windows_at_once(plan.source.config))
         little = text_bytes(plan.source.config, plan.rule.tokens) <= LITTLE
-        if "transformers" in sys.modules and plan.limits.ram is None and little:
+        if at_hand(plan.source.config) and plan.limits.ram is None and little:
             self.answers = within(calibrate(course, self.watch))
         else:
             self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
@@ -157,7 +163,7 @@ class Activations:
                         f"--rounding {wanted} cannot see what the layers are given ({answer}); use --rounding {UNCALIBRATED}"
                     )
                 return
-            self.peak_bytes = answer["peak_ram_bytes"]
+            self.peak_bytes, self.tokens, self.unread = answer["peak_ram_bytes"], answer["tokens"], answer["unread"]
             yield answer["weight"], Place(*answer["place"])
 
     def inputs(self, step: Step, place: Place, device: str) -> Inputs:
@@ -177,8 +183,17 @@ class Activations:
         handle = self.handle
         return Inputs(rows.to(device), square, lambda some: read_drift(handle, place, columns, some).to(device))
 
+    @property
+    def notes(self) -> list[str]:
+        """What became of the text, where that is not what the user would expect."""
+        if self.unable:
+            return [f"no text was run through the model to guide the rounding: {self.unable}"]
+        if self.unread:
+            return [f"--calibration guides no rounding: its first {PROBED} tokens are left to the probe, and it has no more"]
+        return []
+
     def to_json(self) -> dict[str, Any] | None:
-        return {"tokens": self.plan.rule.tokens, "peak_ram_bytes": self.peak_bytes} if self.peak_bytes else None
+        return {"tokens": self.tokens, "peak_ram_bytes": self.peak_bytes} if self.peak_bytes else None
 
     def __enter__(self) -> Activations:
         return self
@@ -188,6 +203,12 @@ class Activations:
             self.answers.close()
         if self.handle is not None:
             os.close(self.handle)
+
+
+def at_hand(config: Mapping[str, Any]) -> bool:
+    """Whether a text runs in this process without another import, whose memory would be counted as the port's."""
+    kind = config.get("model_type")
+    return sys.modules.keys() >= {"tokenizers", "transformers.modeling_utils", f"transformers.models.{kind}.modeling_{kind}"}
 
 
 def mean_square(inputs: Tensor) -> float:

@@ -212,12 +212,14 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, method, hindrance)),
+        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, method, hindrance, probing)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
 
-def notes_on_rounding(steps: Sequence[Step], rule: Rule, method: Method, hindrance: str | None) -> list[str]:
+def notes_on_rounding(
+    steps: Sequence[Step], rule: Rule, method: Method, hindrance: str | None, probing: Probing
+) -> list[str]:
     """Why weights are rounded without a text, or with less of one than there is."""
     asked = method.calibration is not None and method.rounding == AUTO
     lossy = [step for step in steps if is_linear(step.target) and not step.copied and step.target.codec != "plain"]
@@ -225,6 +227,8 @@ def notes_on_rounding(steps: Sequence[Step], rule: Rule, method: Method, hindran
         return [f"no text is run through the model to guide the rounding: {hindrance}"]
     if rule.tokens < TOKENS and may_see(steps, rule):
         return [f"--max-ram has room for {rule.tokens} of {TOKENS} tokens of the text that guides the rounding"]
+    if method.calibration is not None and not may_see(steps, rule) and probing.skipped:
+        return ["nothing reads --calibration: no weight is rounded by a text, and there is no probe"]
     return []
 
 

@@ -127,9 +127,9 @@ def hindered(source: Source, limits: Limits, need: int, work: str) -> EdgeportEr
 def check_text(path: Path) -> None:
     """Raises NotACheckpoint, CorruptCheckpoint."""
     if not path.is_file():
-        raise NotACheckpoint(f"--calibration {path} is no file; give a text of a few hundred words")
+        raise NotACheckpoint(f"--calibration {path} is no file; give a text of some thousand words")
     if not read_text(path).strip():
-        raise CorruptCheckpoint(f"--calibration {path.name} holds no text; give one of a few hundred words")
+        raise CorruptCheckpoint(f"--calibration {path.name} holds no text; give one of some thousand words")
 
 
 def read_text(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from edgeport.blocks import read_tensors, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, about
@@ -59,6 +60,12 @@ def promotions(plan: Plan, most_bytes: int) -> list[Promotion]:
     if not ladders:
         raise ConvertError("--promote: no patched weight is stored in a format that the container has a finer one for")
     chosen = dict.fromkeys(ladders, 0)
+    costs = [ladders[name][index].nbytes - ladders[name][0].nbytes for _, name, index in affordable(ladders, chosen, inf)]
+    if costs and min(costs) > room:
+        raise BudgetTooSmall(
+            f"--max-size {in_words(most_bytes)} has no room for a promotion: the least takes {in_words(min(costs))} beside the "
+            f"{in_words(plan.bytes_out)} of the output without any"
+        )
     while moves := list(affordable(ladders, chosen, room)):
         _, name, index = max(moves)
         room -= ladders[name][index].nbytes - ladders[name][chosen[name]].nbytes
@@ -71,7 +78,7 @@ def promotions(plan: Plan, most_bytes: int) -> list[Promotion]:
 
 
 def affordable(
-    ladders: Mapping[str, Sequence[Choice]], chosen: Mapping[str, int], room: int
+    ladders: Mapping[str, Sequence[Choice]], chosen: Mapping[str, int], room: float
 ) -> Iterator[tuple[float, str, int]]:
     """Error taken away for each byte, weight, and place on its ladder: every step up that fits and helps."""
     for name, choices in ladders.items():

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeport import journal as journals
 from edgeport.beside import write_adapter
-from edgeport.blocks import arrange, decode_parts, encode_rows, finite, known, padded, ranges, read_parts
+from edgeport.blocks import arrange, check_finite, decode_parts, encode_rows, known, padded, ranges, read_parts
 from edgeport.calibration import Activations, sees_inputs
 from edgeport.device import Lane, opened, packed_bytes
-from edgeport.errors import BudgetTooSmall, NonFiniteResult, PatchLost, PlanViolation, about
+from edgeport.errors import BudgetTooSmall, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
@@ -211,9 +211,7 @@ def compute(
     exact = base
     for apply in applied:
         exact = apply(rows, exact)
-    if not finite(exact):
-        where = "the base with the patch added" if finite(base) else "the base"
-        raise NonFiniteResult(f"{where} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+    check_finite(base, exact, rows)
     if not step.chooses_codes:
         stored = encode_rows(step.target, exact, importance)
     else:
@@ -263,8 +261,7 @@ def make_receipt(
     plan: Plan, facts: tuple[WeightFact, ...], seconds: float, peak: int, above: int, vram: int, verdict: Verdict,
     activations: Activations, journal: Journal,
 ) -> Receipt:
-    unable = f"no text was run through the model to guide the rounding: {activations.unable}"
-    notes = (*plan.notes, *journal.notes, *(unable,) * bool(activations.unable))
+    notes = (*plan.notes, *journal.notes, *activations.notes)
     coverage: Mapping[str, int] = {"tensors": plan.patch_tensors, "consumed": plan.patch_tensors}
     return Receipt(
         output=plan.target.output, files={file.name: file.size for file in plan.files}, bytes_in=plan.bytes_in,

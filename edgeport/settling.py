@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from edgeport.blocks import arrange, decode_parts, encode_rows, read_tensors
+from edgeport.blocks import arrange, check_finite, decode_parts, encode_rows, read_tensors
 from edgeport.errors import about
 from edgeport.grid import Gridded
 from edgeport.registry import codec, roundings
@@ -39,6 +39,7 @@ def settled(step: Step, source: Source, rule: Rule) -> Step:
         exact = base
         for edit in step.edits:
             exact = edit.load("cpu")(rows, exact)
+        check_finite(base, exact, rows)
         if keeps_grid:
             anew = replace(step, fresh=leaves_grid(step, parts, exact))
             return anew.without_inputs if anew.fresh and not roundings()[step.rounding].calibrated else anew

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import edgeport
+from edgeport.errors import NonFiniteResult
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -30,7 +34,9 @@ def roundings(receipt: edgeport.Receipt) -> dict[str | None, int]:
     return found
 
 
-@pytest.mark.parametrize(("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), ("hf", "nf4"), ("hf", "gptq-4"), ("hf", "w4a16")])
+@pytest.mark.parametrize(
+    ("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), *(("hf", quant) for quant in ("nf4", "nf4-dq", "gptq-4", "w4a16"))]
+)
 def test_a_model_made_smaller_on_a_text_says_more_nearly_the_same(
     tiny_llama: TinyLlama, text: Path, tmp_path: Path, to: str, quant: str
 ) -> None:
@@ -65,6 +71,63 @@ def test_a_port_that_makes_smaller_rounds_all_weights_by_the_text(
     assert roundings(receipt)["patch-aware"] == 14
     plain = edgeport.port(**options, output=tmp_path / "plain")
     assert roundings(plain).get("nearest") == 2 and "patch-aware" not in roundings(plain)
+
+
+@pytest.mark.parametrize("way", [{"residual": 4}, {"sidecar": True}, {"calibration": "text"}, {"rounding": "auto", "std": 0.3}])
+def test_scales_of_scales_that_are_made_anew_are_read_as_they_are_stored(
+    tiny_llama: TinyLlama, text: Path, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    base, std = tiny_llama(hidden=128), way.pop("std", 0.03)
+    patch = save_patch(base, tmp_path / "patch", std=std)
+    if std > 0.1:  # it leaves the grid of a base that has one
+        base = edgeport.export(model=base, output=tmp_path / "quantized", to="hf", quant="nf4-dq").output
+    way = {name: text if value == "text" else value for name, value in way.items()}
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", quant="nf4-dq", probe=False, **way)
+    patched = [fact for fact in receipt.facts if fact.change]
+    assert len(patched) == 14 and all(fact.error is not None and fact.error < 0.2 for fact in patched), patched
+    assert receipt.survival is not None and receipt.survival["mean"] == pytest.approx(1, abs=0.05)
+
+
+def test_a_damaged_base_is_named_as_such(tiny_llama: TinyLlama, text: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    state = load_file(model / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    for to, quant in (("hf", "gptq-4"), ("gguf", "Q4_0"), ("onnx", "int4")):
+        output = tmp_path / f"out-{to}{'.gguf' * (to == 'gguf')}"
+        with pytest.raises(NonFiniteResult, match=r"up_proj.weight: the base holds NaN or infinity in rows 0 to 31"):
+            edgeport.export(model=model, output=output, to=to, quant=quant, calibration=text)
+
+
+def test_what_became_of_the_text_is_said(tiny_llama: TinyLlama, text: Path, tmp_path: Path) -> None:
+    model = tiny_llama(max_position_embeddings=100)
+    options: dict[str, Any] = {"model": model, "to": "hf", "quant": "nf4", "overwrite": True, "output": tmp_path / "out"}
+    receipt = edgeport.export(**options, calibration=text)
+    assert not receipt.notes and receipt.to_json()["calibration"]["tokens"] == 3000  # whole windows
+    text.write_text(TEXT)
+    [note] = edgeport.export(**options, calibration=text).notes
+    assert "--calibration guides no rounding: its first 512 tokens" in note
+    patch = save_patch(model, tmp_path / "patch", std=0.03)
+    common: dict[str, Any] = {"patch": patch, "new_base": model, "output": tmp_path / "b", "quant": "nf4", "calibration": text}
+    assert edgeport.plan(**common, rounding="stochastic", probe=False).notes == (
+        "nothing reads --calibration: no weight is rounded by a text, and there is no probe",
+    )
+    assert not edgeport.plan(**common, rounding="stochastic").notes
+
+
+def test_a_program_that_has_barely_imported_transformers_keeps_to_the_plan(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = edgeport.export(model=tiny_llama(), output=tmp_path / "q", to="hf", quant="nf4").output
+    patch = save_patch(tiny_llama(), tmp_path / "patch", std=0.03)
+    program = (
+        "import sys, transformers, edgeport\n"
+        "patch, base, output = sys.argv[1:]\n"
+        "r = edgeport.port(patch=patch, new_base=base, output=output, force=True, probe=False)\n"
+        "print(r.peak_above_import_bytes, r.predicted_peak_bytes, r.to_json()['calibration']['tokens'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, patch, base, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, predicted, tokens = map(int, done.stdout.split())
+    assert peak < predicted and tokens == 3072
 
 
 def test_without_means_to_run_the_text_weights_go_to_the_nearest_and_it_is_said(

@@ -106,6 +106,9 @@ def test_promotions_that_cannot_be(base: Path, patch: Path, tmp_path: Path) -> N
         edgeport.plan(**common, max_size="1GB")
     with pytest.raises(BudgetTooSmall, match="is less than the"):
         edgeport.plan(**common, promote=True, max_size=1000)
+    least = edgeport.plan(**common).bytes_out
+    with pytest.raises(BudgetTooSmall, match=r"has no room for a promotion: the least takes .* beside the"):
+        edgeport.plan(**common, promote=True, max_size=least + 64)
     with pytest.raises(ConvertError, match="no patched weight is stored in a format"):
         edgeport.plan(**common | {"quant": "f32"}, promote=True, max_size="1GB")
     assert not (tmp_path / "out.gguf").exists()

@@ -221,7 +221,7 @@ class Bnb4:
         elif state.nested_blocksize and "exact" not in parts:
             scales = Grid(
                 parts["nested_quant_map"].view(torch.float32), _units(state, parts).view(step.shape),
-                torch.full_like(step, state.nested_offset), parts["absmax"].clone().view(step.shape),
+                torch.full_like(step, _offset(state, parts)), parts["absmax"].clone().view(step.shape),
             )  # fmt: skip
         return Grid(levels, step, torch.full_like(step, -0.0), codes, scales=scales)
 
@@ -308,7 +308,18 @@ def _absmax(state: State, parts: Mapping[str, Tensor]) -> Tensor:
     if "exact" in parts or not state.nested_blocksize:
         return parts["exact" if "exact" in parts else "absmax"].view(torch.float32)
     scales = parts["nested_quant_map"].view(torch.float32).index_select(0, parts["absmax"].to(torch.int32))
-    return scales.mul_(_units(state, parts)).add_(state.nested_offset)
+    return scales.mul_(_units(state, parts)).add_(_offset(state, parts))
+
+
+def _offset(state: State, parts: Mapping[str, Tensor]) -> float:
+    """What stands beside the stored scales. `finish` finds it after the weight was planned, and what it wrote is read on the CPU.
+
+    On a device there are a base's own bytes alone, whose state is known from its header.
+    """
+    packed = parts.get("state")
+    if packed is None or packed.device.type != "cpu":
+        return state.nested_offset
+    return parse_state(packed.numpy().tobytes())[1].nested_offset
 
 
 def _units(state: State, parts: Mapping[str, Tensor]) -> Tensor:
