@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgeport.benchmark.runner import Runner, Tree, open_runner
 from edgeport.benchmark.score import pair
-from edgeport.errors import ConvertError, EdgeportError, MissingExtra, UnknownName, need
+from edgeport.errors import ConvertError, EdgeportError, MissingExtra, UnknownName
 
 WINDOW = 1024
 """Tokens of a long text that are read at once."""
@@ -28,8 +29,10 @@ NEW_TOKENS = 256
 @cache
 def register() -> None:
     """Make `edgeport` a model that the harness knows. Raises MissingExtra."""
-    model: Any = need("lm_eval.api.model", "lm-eval")
-    registry: Any = need("lm_eval.api.registry", "lm-eval")
+    if not find_spec("lm_eval"):
+        raise MissingExtra("lm-evaluation-harness is not installed: pip install lm-eval")
+    model: Any = import_module("lm_eval.api.model")
+    registry: Any = import_module("lm_eval.api.registry")
 
     class Edgeport(model.LM):  # type: ignore[misc]
         """A GGUF file or a transformers folder; each request's `args` are texts."""
@@ -85,11 +88,8 @@ def rolling(runner: Runner, text: str) -> float:
 
 def main() -> int:
     try:
-        if not find_spec("lm_eval"):
-            raise MissingExtra("lm-evaluation-harness is not installed: pip install lm-eval")
         register()
-        program: Any = need("lm_eval.__main__", "lm-eval")
-        program.cli_evaluate()
+        import_module("lm_eval.__main__").cli_evaluate()
     except (EdgeportError, MissingExtra) as error:
         sys.stderr.write(f"{error}\n")
         return 1
