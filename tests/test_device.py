@@ -78,7 +78,7 @@ def counted(steps: Sequence[Step], monkeypatch: pytest.MonkeyPatch) -> int:
 
     Uploads and downloads overlap as in `CudaLane`: the next block's bytes are there, and the last one's result still is.
     """
-    monkeypatch.setattr(run, "finite", lambda matrix: matrix.aminmax() is not None)  # there is no value to read back
+    monkeypatch.setattr("edgeport.blocks.finite", lambda matrix: matrix.aminmax() is not None)  # there is no value to read back
     monkeypatch.setattr(edits, "factor", lambda stored, *_: torch.empty(stored.shape))
     with torch.no_grad(), Slices(), FakeTensorMode(), LiveBytes() as live:
         for step in steps:
