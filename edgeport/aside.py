@@ -19,7 +19,7 @@ from edgeport.errors import CorruptCheckpoint, EdgeportError, MissingExtra, NonF
 
 GO_ON = "go on"
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch asks for pages of 2 MiB; with small ones the system takes a third of the time that a text takes to run."""
+"""torch asks for pages of 2 MiB: to hand out small ones takes the system a good part of the time that a text takes to run."""
 Watch = Callable[[str], None]
 """Called with a line of progress."""
 Work = Callable[[dict[str, Any], Watch], Mapping[str, Any]]

@@ -12,11 +12,11 @@ import pytest
 
 import edgeport
 from bench.spoiling import NORM
-from edgeport.benchmark.harness import rolling, shortened
+from edgeport.benchmark.harness import check_arguments, check_greedy, rolling, shortened
 from edgeport.benchmark.questions import BadQuestions, Choice
 from edgeport.benchmark.runner import Tree, groups, open_runner
 from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
-from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult
+from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult, UnknownName
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
 from tests.conftest import TinyLlama
@@ -132,6 +132,16 @@ def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
     assert shortened(Tree([1, 2], [[5, 6]]), 4) == Tree([1, 2], [[5, 6]])
     with pytest.raises(ConvertError, match="continuation of 5 tokens is too long for 4 positions"):
         shortened(Tree([1], [[5] * 5]), 4)
+
+
+def test_what_the_harness_asks_and_gets_not_is_refused() -> None:
+    check_arguments({"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+    with pytest.raises(UnknownName, match="--model_args dtipo: edgeport's model takes path=MODEL alone"):
+        check_arguments({"dtipo": "x", "device": "cpu"})
+    check_greedy({"until": ["e"], "do_sample": False, "temperature": 0.0})
+    for settings in ({"do_sample": True}, {"num_beams": 4}):
+        with pytest.raises(UnknownName, match="samples or beams"):
+            check_greedy(settings)
 
 
 @pytest.fixture

@@ -77,12 +77,12 @@ def test_a_port_that_makes_smaller_rounds_all_weights_by_the_text(
 def test_scales_of_scales_that_are_made_anew_are_read_as_they_are_stored(
     tiny_llama: TinyLlama, text: Path, tmp_path: Path, way: dict[str, Any]
 ) -> None:
-    base, std = tiny_llama(hidden=128), way.pop("std", 0.03)
+    base, std = tiny_llama(hidden=128), way.get("std", 0.03)
     patch = save_patch(base, tmp_path / "patch", std=std)
     if std > 0.1:  # it leaves the grid of a base that has one
         base = edgeport.export(model=base, output=tmp_path / "quantized", to="hf", quant="nf4-dq").output
-    way = {name: text if value == "text" else value for name, value in way.items()}
-    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", quant="nf4-dq", probe=False, **way)
+    asked = {name: text if value == "text" else value for name, value in way.items() if name != "std"}
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", quant="nf4-dq", probe=False, **asked)
     patched = [fact for fact in receipt.facts if fact.change]
     assert len(patched) == 14 and all(fact.error is not None and fact.error < 0.2 for fact in patched), patched
     assert receipt.survival is not None and receipt.survival["mean"] == pytest.approx(1, abs=0.05)

@@ -47,7 +47,7 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
     """Measure a patch on a user's model. Every mistake in the input is raised before a file is made."""
     questions = read_questions(own.questions)[:limit]
     told = read_text(text) if text is not None else None
-    precisions = list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
+    precisions = parsed(quants)
     check_output(output, overwrite)
     # ports go into a folder that is made only when all is well; the one it will be in has the same disk
     standing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
@@ -70,10 +70,10 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
     extra = ["--offline"] if offline else []
     with working(output) as folder:
         # what was checked is what is read, also where it came through a pipe
-        copy = folder / "text.txt" if told is not None else None
-        if copy and told is not None:
-            copy.write_text(told, encoding="utf-8")
-        rows = list(Bench(folder, precisions, copy, extra, say).measure(evolution, [case]))
+        if told is not None:
+            text = folder / "text.txt"
+            text.write_text(told, encoding="utf-8")
+        rows = list(Bench(folder, precisions, text, extra, say).measure(evolution, [case]))
     return written(Results(readable(command), tasks, None, rows), output)
 
 
@@ -83,7 +83,7 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
     if name not in SUITES:
         known = ", ".join(f"{suite} ({what})" for suite, what in SUITES.items())
         raise UnknownName(f"no suite is called {name}; there is {known}")
-    precisions = list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
+    precisions = parsed(quants)
     check_output(output, overwrite)
     try:
         questions = asked("triage", "test", limit or 400, seed)
@@ -96,6 +96,11 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
         evolution = Evolution("LoRA r8", evolved, str(packaged_model()))
         rows = list(Bench(folder, precisions, None, ["--offline"], say).measure(evolution, [case]))
     return written(Results(readable(command), [facts(case, TASKS["triage"].title, TASKS["triage"].source)], seed, rows), output)
+
+
+def parsed(quants: Sequence[str]) -> list[Precision]:
+    """Each once. Raises UnknownName."""
+    return list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
 
 
 def facts(case: Case, title: str, source: str) -> dict[str, object]:

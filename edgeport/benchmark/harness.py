@@ -6,7 +6,7 @@ python -m edgeport.benchmark.harness --model edgeport --model_args path=ported-Q
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -39,8 +39,7 @@ def register() -> None:
 
         def __init__(self, path: str, **more: Any) -> None:
             super().__init__()
-            if unknown := more.keys() - GIVEN:
-                raise UnknownName(f"--model_args {', '.join(sorted(unknown))}: edgeport's model takes path=MODEL alone")
+            check_arguments(more)
             self.runner = open_runner(Path(path))
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -54,8 +53,7 @@ def register() -> None:
             return [self.written(*request.args) for request in requests]
 
         def written(self, prompt: str, settings: dict[str, Any]) -> str:
-            if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
-                raise UnknownName("the task wants samples or beams, and edgeport writes the likeliest token each time")
+            check_greedy(settings)
             until = settings.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
             tokens = settings.get("max_gen_toks", NEW_TOKENS)
@@ -64,6 +62,18 @@ def register() -> None:
             return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
 
     registry.register_model("edgeport")(Edgeport)
+
+
+def check_arguments(more: Mapping[str, Any]) -> None:
+    """Raises UnknownName for what `--model_args` gives beside the path."""
+    if unknown := more.keys() - GIVEN:
+        raise UnknownName(f"--model_args {', '.join(sorted(unknown))}: edgeport's model takes path=MODEL alone")
+
+
+def check_greedy(settings: Mapping[str, Any]) -> None:
+    """Raises UnknownName where a task wants to be written otherwise."""
+    if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
+        raise UnknownName("the task wants samples or beams, and edgeport writes the likeliest token each time")
 
 
 def shortened(tree: Tree, positions: int) -> Tree:
