@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import decode_rows, ranges, sampled
+from edgeport.blocks import check_finite, decode_rows, ranges, sampled
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.memory import trim_heap
 from edgeport.pair import Both, block_of
@@ -27,6 +27,11 @@ from edgeport.tensor import EMBEDDING, HEAD, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PIECE = 4096
+"""Rows of a factor whose products are taken in float64 at once."""
+NOTHING = 1e-10
+"""Of the largest squared singular value: a direction below it is rounding's."""
 
 Item = tuple[str, Weight, Sequence[Edit]]
 """Of a weight that is looked at: its name, how the new base stores it, and the patches' edits of it."""
@@ -83,8 +88,9 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
     both = Both(name, in_old(name, weight, new, old) if old else weight, weight)
     common, columns, granule = min(both.old.rows, weight.rows), max(weight.columns, 1), both.granule
     size = max(BLOCK_ELEMENTS // columns // granule, 1) * granule
-    applied, total = [edit.load("cpu") for edit in edits], Sums()
-    directions = subspaces(edits) if old else None
+    low_rank = factors(edits)
+    applied = [] if low_rank else [edit.load("cpu") for edit in edits]
+    total = Sums()
     projected: Tensor | None = None
     for rows in ranges(weight, size, granule) if whole else sampled(common, granule):
         rows = range(rows.start, min(rows.stop, common))
@@ -92,8 +98,11 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
             continue
         before, after = block_of(both, old, new, rows) if old else (None, decode_rows(new, weight, rows))
         exact = after
+        if low_rank:
+            exact = after + low_rank.up[rows.start : rows.stop] @ low_rank.down
         for apply in applied:
             exact = apply(rows, exact)
+        check_finite(after, exact, rows)
         patch = exact - after
         total += Sums(new=square(after), patch=square(patch))
         if before is None:
@@ -102,12 +111,14 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
         total += Sums(
             old=square(before), product=float(inner(before, after)), drift=square(drift), crossing=float(inner(drift, patch))
         )
-        if directions:
-            outputs, inputs = directions
-            total += Sums(read=square(drift @ inputs), low=square(patch))
-            part = outputs[rows.start : rows.stop].T @ drift
+        if low_rank:
+            total += Sums(read=square(drift @ low_rank.down.T @ low_rank.inputs), low=square(patch))
+        if low_rank and whole:
+            part = low_rank.up[rows.start : rows.stop].T @ drift
             projected = part if projected is None else projected.add_(part)
-    return total + Sums(written=square(projected), wide=total.low) if whole and projected is not None else total
+    if low_rank and projected is not None:
+        total += Sums(written=square(low_rank.outputs.T @ projected), wide=total.low)
+    return total
 
 
 def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
@@ -127,12 +138,40 @@ def square(values: Tensor) -> float:
     return float(inner(values, values))
 
 
-def subspaces(edits: Sequence[Edit]) -> tuple[Tensor, Tensor] | None:
-    """Orthonormal, float32 [rows, rank] and [columns, rank]: what all edits together write and read; None where one is whole."""
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What all edits of a weight add together: float32 up [rows, rank] times down [rank, columns]."""
+
+    up: Tensor
+    down: Tensor
+    outputs: Tensor
+    """[rank, directions]: with it `up` becomes an orthonormal basis of the directions that are written."""
+    inputs: Tensor
+    """Likewise of those that are read, of the turned `down`."""
+
+
+def factors(edits: Sequence[Edit]) -> Factors | None:
+    """None where an edit is whole."""
     import torch
 
     pairs = [edit.factors() for edit in edits if isinstance(edit, LowRankEdit)]
     if not pairs or len(pairs) < len(edits):
         return None
-    up, down = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
-    return torch.linalg.qr(up).Q, torch.linalg.qr(down.T).Q
+    up, down = pairs[0] if len(pairs) == 1 else (torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]))
+    return Factors(up, down, orthonormal(up), orthonormal(down.T))
+
+
+def orthonormal(factor: Tensor) -> Tensor:
+    """W [rank, directions] with which the columns of `factor` [n, rank] @ W are orthonormal and span what it does.
+
+    By the eigenvectors of its products, so that no second matrix of its size is held.
+    """
+    import torch
+
+    products = torch.zeros(factor.shape[1], factor.shape[1], dtype=torch.float64)
+    for piece in torch.split(factor, PIECE):
+        products += piece.double().T @ piece.double()
+    values, vectors = torch.linalg.eigh(products)
+    held = values > values[-1] * NOTHING
+    directions: Tensor = (vectors[:, held] / values[held].sqrt()).float()
+    return directions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from edgeport.extraction import (
     factor_layout,
     widest,
 )
-from edgeport.manifest import described, write_record
+from edgeport.manifest import described, in_background, write_record
 from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
@@ -92,9 +92,9 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     return_freed_blocks()
     began = time.perf_counter()
     file = Appended(plan.file, plan.room)
-    with torch.no_grad(), claimed(plan.output), metered() as meter, ThreadPoolExecutor(1) as hasher:
+    with torch.no_grad(), claimed(plan.output), metered() as meter:
         check_output(plan.output, True, plan.overwrite)
-        inputs = hasher.submit(described, {"old_base": plan.old, "tuned": plan.tuned})
+        inputs = in_background(partial(described, {"old_base": plan.old, "tuned": plan.tuned}))
         with staged(plan.output, [file.layout], True) as staging:
             facts = []
             for change in plan.changes:

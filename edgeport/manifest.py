@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
-from edgeport.places import MANIFEST, manifest_path
+from edgeport.places import MANIFEST, entries, entries_of, manifest_path
 from edgeport.seams import Source
 
 if TYPE_CHECKING:
     from edgeport.effect import Effect
 
 HASH_CHUNK = 1 << 16
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,20 @@ def sha256(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+def in_background(task: Callable[[], Result]) -> Future[Result]:
+    """The task's result, from a thread that neither an error nor the process's end waits for: hashes take minutes."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:
@@ -218,9 +235,7 @@ def verify_hashes(output: Path) -> dict[str, str]:
         found[name] = sha256(path)
         if found[name] != entry["sha256"]:
             raise VerificationFailed(f"{name} has changed since edgeport wrote it: its sha256 differs from the manifest's")
-    there = {path.relative_to(output) for path in output.rglob("*")} if output.is_dir() else set()
-    known = {parent for name in (*found, MANIFEST) for parent in (Path(name), *Path(name).parents)}
-    extra = sorted(map(str, there - known))
+    extra = sorted(entries(output) - entries_of(found)) if output.is_dir() else []
     if extra:
-        raise VerificationFailed(f"{', '.join(extra)} in {output} is not in the manifest")
+        raise VerificationFailed(f"{', '.join(map(str, extra))} in {output} is not in the manifest")
     return found

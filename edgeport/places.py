@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgeport.checkpoint import read_json
@@ -42,6 +42,8 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
         raise OutputExists(f"the folder {output.parent} for the output does not exist; make it first")
     if not os.access(output.parent, os.W_OK):
         raise OutputExists(f"the folder {output.parent} for the output is not writable")
+    if os.path.ismount(output):
+        raise OutputExists(f"{output} is a mount point, which nothing can take the place of; give a folder inside it")
     existing = next((path for path in (output, manifest_path(output, folder)) if path.exists()), None)
     if existing is None:
         return
@@ -51,6 +53,9 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
     if not ours or (output.exists() and output.is_dir() != folder):
         what = "folder" if output.is_dir() else "file"
         raise OutputExists(f"{output} is a {what} that edgeport did not write; it is not overwritten")
+    others = sorted(entries(output) - entries_of(owned(output, folder))) if folder and output.is_dir() else []
+    if others:
+        raise OutputExists(f"{output / others[0]} is nothing that edgeport wrote; move it away, or give another -o")
 
 
 def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
@@ -58,15 +63,26 @@ def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwri
     standing = [output.with_name(file.name) for file in files if not folder and output.with_name(file.name).exists()]
     if standing and not overwrite:
         raise OutputExists(f"{standing[0]} exists already; give another -o or --overwrite")
-    others = [path for path in standing if path.name not in owned(output)]
+    others = [path for path in standing if path.name not in owned(output, folder)]
     if others:
         raise OutputExists(f"{others[0]} is a file that edgeport did not write; it is not overwritten")
 
 
-def owned(output: Path) -> set[str]:
-    """The files beside each other that are an output which is no folder, as its manifest says."""
-    path = manifest_path(output, False)
-    return {Path(name).name for name in read_json(path).get("files", ())} if path.is_file() else set()
+def owned(output: Path, folder: bool) -> set[str]:
+    """The files of an output as its manifest says: inside a folder, or beside each other."""
+    path = manifest_path(output, folder)
+    names = read_json(path).get("files", ()) if path.is_file() else ()
+    return {name if folder else Path(name).name for name in names}
+
+
+def entries(folder: Path) -> set[Path]:
+    """All files and folders in it, relative to it."""
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def entries_of(files: Iterable[str]) -> set[Path]:
+    """What an output folder of these files holds."""
+    return {parent for name in (*files, MANIFEST) for parent in (Path(name), *Path(name).parents)}
 
 
 def check_disk(output: Path, needed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -20,8 +19,8 @@ from edgeport.errors import BudgetTooSmall, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
-from edgeport.manifest import Receipt, WeightFact, described, hashes, write_manifest
-from edgeport.memory import ALLOWANCE_BYTES, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
+from edgeport.manifest import Receipt, WeightFact, described, hashes, in_background, write_manifest
+from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.places import check_output
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
@@ -61,55 +60,59 @@ def run(
 
     return_freed_blocks()
     began = time.perf_counter()
-    with torch.no_grad(), claimed(plan.target.output), Activations(plan, lambda text: progress(text, 0)) as activations:
+    with (
+        torch.no_grad(), claimed(plan.target.output), Activations(plan, lambda text: progress(text, 0)) as activations,
+        metered() as meter,
+    ):  # fmt: skip
         check_output(plan.target.output, plan.sink.folder, plan.overwrite)
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
+        check_budget(plan.limits)
         journal = journals.opened(plan, steps, resume)
-        return stream(plan, steps, activations, journal, verdict, began, progress=progress, force=force, command=command)
+        return stream(plan, steps, activations, journal, verdict, began, meter, progress=progress, force=force, command=command)
 
 
 def stream(
-    plan: Plan, steps: Sequence[Step], activations: Activations, journal: Journal, verdict: Verdict, began: float, *,
-    progress: Progress, force: bool, command: Sequence[str],
+    plan: Plan, steps: Sequence[Step], activations: Activations, journal: Journal, verdict: Verdict, began: float,
+    meter: Meter, *, progress: Progress, force: bool, command: Sequence[str],
 ) -> Receipt:  # fmt: skip
     """The loop itself: what the memory bound is about."""
-    with metered() as meter, ThreadPoolExecutor(1) as hasher:
-        inputs = hasher.submit(describe_inputs, plan)
-        with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
-            journal.begin()
-            found: dict[str, WeightFact] = {}
-            for step, seen in activations.through(steps, staging.written, journal.done, lane.device):
-                name = step.target.name
-                if name in journal.done:
-                    found[name] = skip(step, staging, journal, progress)
-                    continue
-                with about(name):
-                    if step.copied:
-                        found[name] = copy(plan, step, staging, progress)
-                    else:
-                        found[name] = edit(plan, step, staging, lane, seen, progress)
-                    lane.finish()
-                    journal.add(step, found[name], journals.digests(step, staging.read))
-                del seen  # before the next step's inputs come
-                trim_heap()
-                check_budget(plan.limits)
-            facts = [found[step.target.name] for step in steps]
-            if plan.adapter:
-                facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
-                check_budget(plan.limits)
-            plan.sink.finish(staging.folder)
-            meter.peak = peak_bytes()
-            seconds = time.perf_counter() - began
-            receipt = make_receipt(
-                plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), verdict, activations, journal
-            )
-            if not force:
-                refuse_erased(receipt)
-            receipt = probed(plan, receipt, staging.folder, progress)
-            if not force:
-                refuse_lost(receipt)
-            write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
+    inputs = in_background(partial(describe_inputs, plan))
+    with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
+        journal.begin()
+        found: dict[str, WeightFact] = {}
+        for step, seen in activations.through(steps, staging.written, journal.done, lane.device):
+            name = step.target.name
+            if name in journal.done:
+                found[name] = skip(step, staging, journal, progress)
+                continue
+            with about(name):
+                if step.copied:
+                    found[name] = copy(plan, step, staging, progress)
+                else:
+                    found[name] = edit(plan, step, staging, lane, seen, progress)
+                lane.finish()
+                journal.add(step, found[name], journals.digests(step, staging.read))
+            del seen  # before the next step's inputs come
+            trim_heap()
+            check_budget(plan.limits)
+        facts = [found[step.target.name] for step in steps]
+        if plan.adapter:
+            facts = write_adapter(plan.adapter, plan.source, staging, facts, plan.sink.importance)
+            check_budget(plan.limits)
+        plan.sink.finish(staging.folder)
+        check_budget(plan.limits)
+        meter.peak = peak_bytes()
+        seconds = time.perf_counter() - began
+        receipt = make_receipt(
+            plan, tuple(facts), seconds, meter.peak, meter.above, lane.peak_bytes(), verdict, activations, journal
+        )
+        if not force:
+            refuse_erased(receipt)
+        receipt = probed(plan, receipt, staging.folder, progress)
+        if not force:
+            refuse_lost(receipt)
+        write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
     return receipt
 
 

@@ -198,7 +198,7 @@ def commit(place: Path, output: Path, folder: bool) -> None:
     if not folder:
         # the manifest goes last: an output without one is not done
         manifest = manifest_path(output, False).name
-        files, before = sorted(place.iterdir(), key=lambda path: path.name == manifest), owned(output)
+        files, before = sorted(place.iterdir(), key=lambda path: path.name == manifest), owned(output, False)
         for path in files:
             os.replace(path, output.with_name(path.name))
         for name in before - {path.name for path in files}:

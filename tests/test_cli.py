@@ -125,6 +125,23 @@ def test_overwrite_replaces_an_output_of_edgeport(to: str, tmp_path: Path) -> No
     assert content(tmp_path) == first
 
 
+def test_overwrite_keeps_what_others_have_put_into_the_folder(tmp_path: Path) -> None:
+    argv = [*port(tmp_path), "--overwrite"]
+    assert run(argv).code == 0
+    (tmp_path / "out" / "eval").mkdir()
+    (tmp_path / "out" / "eval" / "scores.txt").write_text("90.8\n")
+    before = content(tmp_path)
+    refused = run(argv)
+    assert refused.code == 1 and content(tmp_path) == before
+    assert "eval is nothing that edgeport wrote; move it away, or give another -o" in refused.error
+
+
+def test_no_output_takes_the_place_of_a_mount_point(tmp_path: Path) -> None:
+    """It could not be renamed there, after all the work."""
+    refused = run([*port(tmp_path, to="/proc"), "--overwrite"])
+    assert refused.code == 1 and ("mount point" if os.access("/", os.W_OK) else "not writable") in refused.error
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_an_output_through_a_link(there: bool, tmp_path: Path) -> None:
     """A link to a larger disk stays one, and the output goes where it leads."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import edgeport
 from bench import bad_input
+from bench.shapes import Shape, write_model, write_patch
+from edgeport.errors import NonFiniteResult
+from edgeport.memory import MIB
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 from tests.test_extract import Tensors, noise, tensors
@@ -163,3 +168,54 @@ def test_what_a_quantized_base_keeps(base: Path, patch: Path, tmp_path: Path) ->
     receipt = edgeport.port(patch=patch, new_base=quantized, old_base=base, output=tmp_path / "out", **options)
     assert receipt.survival is not None and facts["survival"]["mean"] == pytest.approx(receipt.survival["mean"], abs=0.15)
     assert receipt.gate["verdict"] == "pass"
+
+
+def test_a_base_that_holds_nan_is_not_compared(base: Path, patch: Path, tmp_path: Path) -> None:
+    new = copied(base, tmp_path / "new", {Q_PROJ: torch.full((1,), float("nan"))})
+    for old in (None, base):
+        with pytest.raises(NonFiniteResult, match="holds NaN or infinity"):
+            edgeport.diagnose(patch=patch, new_base=new, old_base=old)
+
+
+def test_directions_that_a_patch_does_not_have_are_not_counted(base: Path, tmp_path: Path) -> None:
+    """Of rank 4, but its first two columns are the same and its third is nothing: it reads and writes two directions."""
+    patch = save_patch(base, tmp_path / "patch", target_modules=["q_proj"], std=0.02)
+    factors = load_file(patch / "adapter_model.safetensors")
+    for name, value in factors.items():
+        if "lora_B" in name:
+            value[:, 1], value[:, 2] = value[:, 0], 0
+        else:
+            value[1], value[2] = value[0], 0
+    save_file(factors, patch / "adapter_model.safetensors")
+    new = drifted(base, tmp_path / "new")
+    found = edgeport.diagnose(patch=patch, new_base=new, old_base=base).weights[Q_PROJ].figures()
+    drift = tensors(new)[Q_PROJ] - tensors(base)[Q_PROJ]
+    change = deltas(new, patch, tmp_path / "exact")[Q_PROJ]
+    left, _, right = torch.linalg.svd(change)
+    for name, met in {"read": drift @ right[:2].T, "written": left[:, :2].T @ drift}.items():
+        assert found[name] == pytest.approx(float(met.norm() / change.norm()), rel=1e-3), name
+
+
+GATED = """
+import json, sys
+import edgeport, edgeport.memory
+from edgeport.memory import peak_bytes
+edgeport.memory.reset_peak = lambda: False  # from here on all is seen
+patch, base, output, room = sys.argv[1:]
+receipt = edgeport.port(patch=patch, new_base=base, old_base=base, output=output, max_ram=int(room))
+print(json.dumps({"highest": peak_bytes(), "said": receipt.peak_ram_bytes}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs VmHWM")
+def test_the_gate_keeps_to_the_plan(tmp_path: Path) -> None:
+    """In a process of its own: factors of 200,000 rows, 98 MiB as float32, of which nothing as large may be made."""
+    shape = Shape(64, 1, 200_000, 256, 4, 1)
+    base, patch = write_model(shape, tmp_path / "base"), write_patch(shape, tmp_path / "patch", 128)
+    room = edgeport.plan(patch=patch, new_base=base, output=tmp_path / "out", max_ram="2GB").peak_ram_bytes + 8 * MIB
+    done = subprocess.run(
+        [sys.executable, "-c", GATED, str(patch), str(base), str(tmp_path / "out"), str(room)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["said"] == found["highest"] <= room

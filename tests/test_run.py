@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -177,6 +178,26 @@ def test_a_process_above_its_budget_is_stopped(base: Path, patch: Path, tmp_path
     with pytest.raises(BudgetTooSmall, match="above --max-ram"):
         edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", max_ram=IMPORT_BYTES * 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_does_not_wait_for_the_hashes_of_the_inputs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    over, hashed = Event(), []
+
+    def sha256(path: Path) -> str:
+        over.wait(20)
+        hashed.append(path)
+        return ""
+
+    monkeypatch.setattr("edgeport.manifest.sha256", sha256)
+    with pytest.raises(NonFiniteResult):
+        edgeport.export(model=base, output=tmp_path / "out", to="hf", quant="f16")
+    assert not hashed
+    over.set()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import decode_rows, restore
+from edgeport.blocks import decode_rows, finite, restore
 from edgeport.checkpoint import Stored, read_range
 from edgeport.codecs.plain import torch_type
 from edgeport.errors import NonFiniteResult
@@ -59,7 +59,8 @@ class LowRank:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = factor(self.down), factor(self.up, self.arrangement)
-        return (down.T * self.scaling, up.T) if self.transposed else (up * self.scaling, down)
+        scaled = (down if self.transposed else up).mul_(self.scaling)
+        return (scaled.T, up.T) if self.transposed else (scaled, down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,7 @@ def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:
     size = columns * dtype.itemsize
     data = read_range(stored.path, stored.offset + rows.start * size, stored.offset + rows.stop * size)
     values = torch.frombuffer(data, dtype=dtype).view(-1, columns).float()
-    if not bool(values.isfinite().all()):
+    del data
+    if not finite(values):
         raise NonFiniteResult(f"the patch tensor {stored.name} holds NaN or infinity")
     return values
