@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgeport
@@ -40,6 +41,16 @@ def save_patch(base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def evolve(base: Path, folder: Path) -> Path:
+    """The base as an update leaves it: every weight a little elsewhere."""
+    model = load(base)
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.01
     model.save_pretrained(folder)
     return folder
 
@@ -93,6 +104,32 @@ def test_half_precision_is_within_one_rounding_of_peft(dtype: torch.dtype, tmp_p
     for key, value in load(tmp_path / "out", dtype).state_dict().items():
         step = torch.finfo(dtype).eps * expected[key].abs().float().clamp_min(torch.finfo(dtype).tiny)
         assert bool(((value.float() - expected[key].float()).abs() <= step).all()), key
+
+
+@pytest.mark.filterwarnings("ignore:.*embedding.*:UserWarning")
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_factors_of_embedding_and_head_go_on_top_of_an_evolved_base(file: str, tmp_path: Path) -> None:
+    # PEFT saves the frozen weight beside them; which of them a file has first depends on its form and their types
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    patch = save_patch(base, tmp_path / "patch", dtype=torch.bfloat16, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    stored = load_file(patch / "adapter_model.safetensors")
+    assert sum(name.endswith(".base_layer.weight") for name in stored) == 2
+    if file.endswith(".bin"):
+        torch.save(stored, patch / file)
+        (patch / "adapter_model.safetensors").unlink()
+    new = evolve(base, tmp_path / "new")
+    # PEFT would put that weight in the place of the new base's: it gets the factors alone
+    (tmp_path / "alone").mkdir()
+    save_file({name: value for name, value in stored.items() if ".base_layer." not in name},
+              tmp_path / "alone" / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+    (tmp_path / "alone" / "adapter_config.json").write_bytes((patch / "adapter_config.json").read_bytes())
+    expected = merged(new, tmp_path / "alone")
+    for old in (None, base):
+        receipt = edgeport.port(patch=patch, new_base=new, old_base=old, output=tmp_path / "out", quant="f32", overwrite=True)
+        found = load(tmp_path / "out").state_dict()
+        for key in ("lm_head.weight", "model.embed_tokens.weight"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+        assert receipt.coverage["tensors"] == receipt.coverage["consumed"] == len(stored)
 
 
 def test_two_patches_and_a_scale(tmp_path: Path) -> None:
@@ -173,14 +210,10 @@ def test_a_trained_row_beyond_the_old_vocabulary_stands_for_itself(tmp_path: Pat
 def test_old_base_turns_replaced_values_into_differences(tmp_path: Path) -> None:
     old = save_base(tmp_path / "old")
     patch = save_patch(old, tmp_path / "patch", target_modules=ATTENTION, modules_to_save=["norm", "lm_head"])
-    evolved = load(old)
-    torch.manual_seed(4)
-    for parameter in evolved.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.01
-    evolved.save_pretrained(tmp_path / "new")
-    edgeport.port(patch=patch, new_base=tmp_path / "new", old_base=old, output=tmp_path / "out")
+    new = evolve(old, tmp_path / "new")
+    edgeport.port(patch=patch, new_base=new, old_base=old, output=tmp_path / "out")
     tuned, before, out = merged(old, patch), load(old).state_dict(), load(tmp_path / "out").state_dict()
-    for key, value in evolved.state_dict().items():
+    for key, value in load(new).state_dict().items():
         torch.testing.assert_close(out[key], value + (tuned[key] - before[key]), rtol=1e-5, atol=1e-5)
 
 

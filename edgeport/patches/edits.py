@@ -31,10 +31,12 @@ class LowRank:
     semantics: str = "delta"
     arrangement: Arrangement = AS_IS
     """Of the rows of B, in a container that keeps the weight's so."""
+    idle: tuple[str, ...] = ()
+    """Names of the patch's tensors that say nothing beside the factors."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return self.down.name, self.up.name
+        return self.down.name, self.up.name, *self.idle
 
     @property
     def rank(self) -> int:

@@ -108,24 +108,33 @@ class LoraPatch:
         return list(self.match(new, old))
 
     def match(self, new: Source, old: Source | None) -> Iterable[Edit]:
-        """One edit for each group of the adapter's tensors. A tensor that no form takes is left for the plan to report."""
+        """One edit for each group of the adapter's tensors: values first, then the rows put over them, then what is added.
+
+        A tensor that no form takes is left for the plan to report.
+        """
         halves: dict[tuple[str, bool], dict[str, Stored]] = {}
+        rows: dict[str, Stored] = {}
+        whole: dict[str, Stored] = {}
         for name, stored in self.stored.items():
             if match := LOW_RANK.match(name):
                 if match["leaf"] == "bias":
                     raise UnsupportedPatch(f"{name}: a bias on a LoRA factor (lora_bias) is not merged yet")
-                key = match["module"], "embedding" in match["factor"]
-                halves.setdefault(key, {})[match["factor"][-1]] = stored
-                if len(halves[key]) == 2:
-                    yield self.low_rank(*key, halves.pop(key), new, old)
+                halves.setdefault((match["module"], "embedding" in match["factor"]), {})[match["factor"][-1]] = stored
             elif match := TOKENS.match(name):
-                yield self.token_rows(match["module"], stored, new, old)
-            elif match := WHOLE.match(name):
-                weight = self.find(f"{match['module']}.{match['leaf']}", new)
-                yield self.whole(weight, stored, old)
-        for (module, _), half in halves.items():
-            bare = module.removeprefix(PEFT_PREFIX)
-            raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(half)})")
+                rows[match["module"]] = stored
+            elif WHOLE.match(name):
+                whole[name] = stored
+        for module, _ in halves:
+            whole.pop(frozen_name(module), None)
+        for name, stored in whole.items():
+            yield self.whole(self.find(WHOLE.sub(r"\g<module>.\g<leaf>", name), new), stored, old)
+        for module, stored in rows.items():
+            yield self.token_rows(module, stored, new, old)
+        for (module, embedding), pair in halves.items():
+            if len(pair) < 2:
+                bare = module.removeprefix(PEFT_PREFIX)
+                raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(pair)})")
+            yield self.low_rank(module, embedding, pair, new, old)
 
     def find(self, name: str, new: Source) -> Weight:
         """The base's weight of that name; the head of a tied base is its embedding. Raises TargetMissing."""
@@ -152,7 +161,10 @@ class LoraPatch:
                 f"the base has {list(weight.shape)}"
             )
         self.before(weight, old)
-        return LowRank(weight.name, weight.shape, down, up, self.scaling(bare, rank) * self.scale, transposed, self.keeps_ties)
+        # PEFT saves a targeted embedding's or head's frozen weight too, which is the old base's and not for a new one
+        frozen = tuple(name for name in [frozen_name(module)] if name in self.stored)
+        scaling = self.scaling(bare, rank) * self.scale
+        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, self.keeps_ties, idle=frozen)
 
     def whole(self, weight: Weight, stored: Stored, old: Source | None) -> Edit:
         shape = stored.shape
@@ -203,6 +215,11 @@ class LoraPatch:
                 "both must be of the same architecture and size"
             )
         return old, known
+
+
+def frozen_name(module: str) -> str:
+    """What PEFT calls the weight under a module's factors."""
+    return f"{module}.base_layer.weight"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
