@@ -45,6 +45,19 @@ def save_patch(base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, 
     return folder
 
 
+def save_grown(base: Path, folder: Path, **options: Any) -> Any:
+    """As `save_patch`, of a model that has got five tokens first; the model as it was trained."""
+    model = load(base)
+    model.resize_token_embeddings(325, mean_resizing=False)
+    trained: Any = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
+    torch.manual_seed(3)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    trained.save_pretrained(folder)
+    return trained
+
+
 def evolve(base: Path, folder: Path) -> Path:
     """The base as an update leaves it: every weight a little elsewhere."""
     model = load(base)
@@ -177,16 +190,8 @@ def test_tied_base_computes_what_the_unmerged_adapter_computes(name: str, tmp_pa
 @pytest.mark.parametrize("tied", [True, False])
 def test_grown_vocabulary(tied: bool, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tied=tied)
-    model = load(base)
-    model.resize_token_embeddings(325, mean_resizing=False)
     saved = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    trained: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved,
-                                                             ensure_weight_tying=tied))  # fmt: skip
-    torch.manual_seed(3)
-    for parameter in trained.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
-    trained.save_pretrained(tmp_path / "patch")
+    trained = save_grown(base, tmp_path / "patch", target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=tied)
     expected = logits(trained)
     edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out")
     out = load(tmp_path / "out")
@@ -195,6 +200,27 @@ def test_grown_vocabulary(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_peft_saves_twice_is_one_change(tied: bool, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tied=tied)
+    trained = save_grown(base, tmp_path / "patch", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"],
+                         ensure_weight_tying=tied)  # fmt: skip
+    stored = load_file(tmp_path / "patch" / "adapter_model.safetensors")
+    prefix = "base_model.model.model.embed_tokens."
+    assert torch.equal(stored[f"{prefix}weight"], stored[f"{prefix}modules_to_save.weight"])
+    receipt = edgeport.port(patch=tmp_path / "patch", new_base=base, old_base=base, output=tmp_path / "out")
+    out = load(tmp_path / "out")
+    assert out.config.vocab_size == 325 and out.config.tie_word_embeddings is tied
+    torch.testing.assert_close(logits(out), logits(trained), rtol=1e-5, atol=1e-4)
+    left_out = sum(".original_module." in name for name in stored)
+    assert receipt.coverage["tensors"] == receipt.coverage["consumed"] == len(stored) - left_out
+    edgeport.port(patch=f"{tmp_path / 'patch'}:0.5", new_base=base, output=tmp_path / "half")
+    folders = base, tmp_path / "out", tmp_path / "half"
+    start, whole, half = (load(folder).get_input_embeddings().weight[:320] for folder in folders)
+    torch.testing.assert_close(half, (start + whole) / 2, rtol=1e-5, atol=1e-5)
+
+
 def test_a_trained_row_beyond_the_old_vocabulary_stands_for_itself(tmp_path: Path) -> None:
     old = save_base(tmp_path / "old")
     grown = load(old)

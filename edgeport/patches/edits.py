@@ -104,10 +104,6 @@ class OfValues:
     def semantics(self) -> str:
         return "delta" if self.old else "operator"
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.value.name,)
-
 
 @dataclass(frozen=True, slots=True)
 class Replace(OfValues):
@@ -119,6 +115,12 @@ class Replace(OfValues):
     scale: float
     old: tuple[Source, Weight] | None
     tied: bool
+    idle: tuple[str, ...] = ()
+    """Names of the patch's tensors that say the same."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.value.name, *self.idle
 
     @property
     def held_bytes(self) -> int:
@@ -157,6 +159,10 @@ class ReplaceRows(OfValues):
     old: tuple[Source, Weight] | None
     tied: bool = True
     """PEFT gives the rows of a tied head the same values itself."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value.name,)
 
     @property
     def held_bytes(self) -> int:

@@ -45,6 +45,7 @@ LOW_RANK = re.compile(
     r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+FROZEN = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
 WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>weight|bias)$")
 REPLACED = re.compile(r"\.original_module\.(weight|bias)$")
 """With bias="all" PEFT also saves what `modules_to_save` has put out of use, untrained as it is."""
@@ -113,8 +114,10 @@ class LoraPatch:
         A tensor that no form takes is left for the plan to report.
         """
         halves: dict[tuple[str, bool], dict[str, Stored]] = {}
+        factored = {match["module"] for name in self.stored if (match := LOW_RANK.match(name))}
         rows: dict[str, Stored] = {}
-        whole: dict[str, Stored] = {}
+        frozen: dict[str, Stored] = {}
+        whole: dict[str, list[Stored]] = {}
         for name, stored in self.stored.items():
             if match := LOW_RANK.match(name):
                 if match["leaf"] == "bias":
@@ -122,19 +125,19 @@ class LoraPatch:
                 halves.setdefault((match["module"], "embedding" in match["factor"]), {})[match["factor"][-1]] = stored
             elif match := TOKENS.match(name):
                 rows[match["module"]] = stored
-            elif WHOLE.match(name):
-                whole[name] = stored
-        for module, _ in halves:
-            whole.pop(frozen_name(module), None)
-        for name, stored in whole.items():
-            yield self.whole(self.find(WHOLE.sub(r"\g<module>.\g<leaf>", name), new), stored, old)
+            elif (match := FROZEN.match(name)) and match["module"] in factored:
+                frozen[match["module"]] = stored
+            elif match := WHOLE.match(name):
+                whole.setdefault(f"{match['module']}.{match['leaf']}", []).append(stored)
+        for name, values in whole.items():
+            yield self.whole(self.find(name, new), values, old)
         for module, stored in rows.items():
             yield self.token_rows(module, stored, new, old)
         for (module, embedding), pair in halves.items():
             if len(pair) < 2:
                 bare = module.removeprefix(PEFT_PREFIX)
                 raise CorruptCheckpoint(f"{bare} has only one of its two LoRA factors ({', '.join(pair)})")
-            yield self.low_rank(module, embedding, pair, new, old)
+            yield self.low_rank(module, embedding, pair, frozen.get(module), new, old)
 
     def find(self, name: str, new: Source) -> Weight:
         """The base's weight of that name; the head of a tied base is its embedding. Raises TargetMissing."""
@@ -146,7 +149,10 @@ class LoraPatch:
             f"the patch changes {bare}, which {new.path.name} does not have; is {made_on} of the same architecture?"
         )
 
-    def low_rank(self, module: str, embedding: bool, pair: Mapping[str, Stored], new: Source, old: Source | None) -> Edit:
+    def low_rank(
+        self, module: str, embedding: bool, pair: Mapping[str, Stored], frozen: Stored | None, new: Source, old: Source | None
+    ) -> Edit:
+        """`frozen`: the old base's weight, which PEFT saves beside the factors of an embedding or a head."""
         bare = module.removeprefix(PEFT_PREFIX)
         weight = self.find(f"{module}.weight", new)
         down, up = pair["A"], pair["B"]
@@ -161,19 +167,21 @@ class LoraPatch:
                 f"the base has {list(weight.shape)}"
             )
         self.before(weight, old)
-        # PEFT saves a targeted embedding's or head's frozen weight too, which is the old base's and not for a new one
-        frozen = tuple(name for name in [frozen_name(module)] if name in self.stored)
+        idle = (frozen.name,) if frozen else ()
         scaling = self.scaling(bare, rank) * self.scale
-        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, self.keeps_ties, idle=frozen)
+        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, self.keeps_ties, idle=idle)
 
-    def whole(self, weight: Weight, stored: Stored, old: Source | None) -> Edit:
+    def whole(self, weight: Weight, values: Sequence[Stored], old: Source | None) -> Edit:
+        """`values`: one matrix, which PEFT saves a second time, under the bare name, where a vocabulary has grown."""
+        stored, *others = sorted(values, key=lambda one: ".modules_to_save." not in one.name)
         shape = stored.shape
         vocabulary = weight.name in (EMBEDDING, HEAD)
         if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
             raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
         # a head of the old size cannot stay beside a grown embedding
         tied = self.keeps_ties or (shape != weight.shape and not self.names_head)
-        return Replace(weight.name, shape, stored, self.scale, self.before(weight, old), tied)
+        idle = tuple(one.name for one in others)
+        return Replace(weight.name, shape, stored, self.scale, self.before(weight, old), tied, idle)
 
     def token_rows(self, module: str, stored: Stored, new: Source, old: Source | None) -> Edit:
         weight = self.find(f"{module}.weight", new)
@@ -215,11 +223,6 @@ class LoraPatch:
                 "both must be of the same architecture and size"
             )
         return old, known
-
-
-def frozen_name(module: str) -> str:
-    """What PEFT calls the weight under a module's factors."""
-    return f"{module}.base_layer.weight"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
