@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import edgeport
 from bench import bad_input, spoiling
-from edgeport.errors import MissingTensor, UnsupportedPatch
+from edgeport.checkpoint import open_checkpoint
+from edgeport.errors import MissingTensor, PlanViolation, UnsupportedPatch
 from edgeport.lowrank import truncated
 from edgeport.memory import IMPORT_BYTES, MIB
+from edgeport.patches.edits import stored_rows
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -150,6 +152,21 @@ def test_a_grown_vocabulary_comes_with_its_tokenizer(tiny_llama: TinyLlama, tmp_
         again = edgeport.port(patch=output, new_base=base, output=tmp_path / f"again-{full}").output
         assert torch.equal(tensors(again)[EMBEDDING], grown[EMBEDDING])
         assert json.loads((again / "config.json").read_text())["vocab_size"] == 330
+
+
+def test_differences_of_which_one_grows_the_vocabulary(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, larger, other = tiny_llama(), tiny_llama("larger", vocab=330, seed=1), tiny_llama("other", seed=2)
+    for tuned in (larger, other):
+        edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / f"from-{tuned.name}", full=True)
+    patches = [tmp_path / "from-larger", tmp_path / "from-other"]
+    again = tensors(edgeport.port(patch=patches, new_base=base, output=tmp_path / "again").output)
+    before, grown, second = tensors(base), tensors(larger), tensors(other)
+    for name, value in again.items():
+        expected = grown[name].clone()
+        expected[: len(before[name])] += second[name] - before[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
+    with pytest.raises(PlanViolation, match=r"rows up to 321 of model.embed_tokens.weight"):
+        stored_rows(open_checkpoint(tmp_path / "from-other" / "difference.safetensors")[EMBEDDING], range(319, 321), 64)
 
 
 def test_the_container_of_the_base_does_not_matter(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -221,6 +221,28 @@ def test_what_peft_saves_twice_is_one_change(tied: bool, tmp_path: Path) -> None
     torch.testing.assert_close(half, (start + whole) / 2, rtol=1e-5, atol=1e-5)
 
 
+SECOND: dict[str, dict[str, Any]] = {
+    "whole values": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("last", ["grown", "other"])
+def test_a_patch_beside_one_that_grows_the_vocabulary(name: str, last: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    trained = save_grown(base, tmp_path / "grown", target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    other = save_patch(base, tmp_path / "other", **SECOND[name])
+    patches = [other, tmp_path / "grown"] if last == "grown" else [tmp_path / "grown", other]
+    edgeport.port(patch=patches, new_base=base, old_base=base, output=tmp_path / "out")
+    before, grown, second = load(base).state_dict(), trained.merge_and_unload().state_dict(), merged(base, other)
+    for key, value in load(tmp_path / "out").state_dict().items():
+        change = second[key] - before[key]
+        expected = grown[key].clone()
+        expected[: len(change)] += change
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_trained_row_beyond_the_old_vocabulary_stands_for_itself(tmp_path: Path) -> None:
     old = save_base(tmp_path / "old")
     grown = load(old)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import decode_rows, finite, restore
+from edgeport.blocks import as_tensor, decode_rows, finite, known, padded, restore
 from edgeport.checkpoint import Stored, read_range
 from edgeport.codecs.plain import torch_type
-from edgeport.errors import NonFiniteResult
+from edgeport.errors import NonFiniteResult, PlanViolation
 from edgeport.registry import codec
 from edgeport.seams import Applied, Source
 from edgeport.tensor import AS_IS, Arrangement, Weight
@@ -85,10 +86,9 @@ class Difference:
         return 0  # its rows are read block by block
 
     def load(self, device: str) -> Applied:
-        columns = self.shape[-1]
-
         def apply(rows: range, matrix: Tensor) -> Tensor:
-            return matrix + stored_rows(self.value, rows, columns).to(device) * self.scale
+            own = within(rows, self.shape)
+            return matrix + padded(stored_rows(self.value, own, self.shape[-1]).to(device) * self.scale, rows)
 
         return apply
 
@@ -127,24 +127,26 @@ class Replace(OfValues):
         return 0  # its rows are read block by block
 
     def load(self, device: str) -> Applied:
-        columns = self.shape[-1]
-
         def apply(rows: range, matrix: Tensor) -> Tensor:
-            value = stored_rows(self.value, rows, columns).to(device)
-            before = self.old_rows(rows, device)
-            if before is None:
-                return value if self.scale == 1 else matrix + (value - matrix) * self.scale
-            known = len(before)
-            changed = matrix[:known] + (value[:known] - before) * self.scale
-            return changed if known == len(value) else _cat([changed, value[known:]])
+            own = within(rows, self.shape)
+            return over(self.changed(own, matrix[: len(own)], device), matrix)
 
         return apply
+
+    def changed(self, rows: range, matrix: Tensor, device: str) -> Tensor:
+        """Of rows that the value has."""
+        value = stored_rows(self.value, rows, self.shape[-1]).to(device)
+        before = self.old_rows(rows, device)
+        if before is None:
+            return value if self.scale == 1 else matrix + (value - matrix) * self.scale
+        common = len(before)
+        return over(matrix[:common] + (value[:common] - before) * self.scale, value)
 
     def old_rows(self, rows: range, device: str) -> Tensor | None:
         if self.old is None:
             return None
         source, weight = self.old
-        return decode_rows(source, weight, range(min(rows.start, weight.rows), min(rows.stop, weight.rows)), device)
+        return decode_rows(source, weight, known(weight, rows), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +194,17 @@ class ReplaceRows(OfValues):
         return block[index - start]
 
 
-def _cat(blocks: list[Tensor]) -> Tensor:
+def within(rows: range, shape: tuple[int, ...]) -> range:
+    """Those of the rows that a weight of that shape has: another patch may grow the vocabulary beyond."""
+    count = prod(shape[:-1])
+    return range(min(rows.start, count), min(rows.stop, count))
+
+
+def over(first: Tensor, rest: Tensor) -> Tensor:
+    """`rest` with its first rows replaced."""
     import torch
 
-    return torch.cat(blocks)
+    return first if len(first) == len(rest) else torch.cat([first, rest[len(first) :]])
 
 
 def factor(stored: Stored, arrangement: Arrangement = AS_IS) -> Tensor:
@@ -205,13 +214,13 @@ def factor(stored: Stored, arrangement: Arrangement = AS_IS) -> Tensor:
 
 
 def stored_rows(stored: Stored, rows: range, columns: int) -> Tensor:
-    """Some rows of a plain stored tensor as float32 [rows, columns]. Raises NonFiniteResult."""
-    import torch
-
+    """Some rows of a plain stored tensor as float32 [rows, columns]. Raises NonFiniteResult, PlanViolation."""
+    if rows.stop * columns > prod(stored.shape):
+        raise PlanViolation(f"rows up to {rows.stop} of {stored.name} were asked for, which has the shape {list(stored.shape)}")
     dtype = torch_type(stored.dtype)
     size = columns * dtype.itemsize
     data = read_range(stored.path, stored.offset + rows.start * size, stored.offset + rows.stop * size)
-    values = torch.frombuffer(data, dtype=dtype).view(-1, columns).float()
+    values = as_tensor(data).view(dtype).view(-1, columns).float()
     del data
     if not finite(values):
         raise NonFiniteResult(f"the patch tensor {stored.name} holds NaN or infinity")
