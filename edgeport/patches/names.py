@@ -21,6 +21,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^language_model\.model\.", r"model.language_model."),
     (r"^model\.language_model\.", r"language_model.model."),
     (r"^language_model\.lm_head\.", r"lm_head."),
+    (r"^lm_head\.", r"language_model.lm_head."),
     (r"^model\.language_model\.", r"model."),
     (r"^transformer\.", r""),
     (r"^", r"transformer."),
