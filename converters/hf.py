@@ -29,6 +29,7 @@ from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
 from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.ties import HEADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,7 +246,7 @@ class FolderSink:
         return {f"model-{n:05}-of-{len(groups):05}.safetensors": specs for n, specs in enumerate(groups, 1)}
 
     def factors(self, weight: Weight, rank: int) -> Factors:
-        if weight.name == EMBEDDING or not weight.name.endswith(".weight"):
+        if weight.name in HEADS or not weight.name.endswith(".weight"):
             raise ConvertError("a low-rank change of it has no place in a PEFT adapter of linear layers; leave off --sidecar")
         module = f"{PEFT_PREFIX}{weight.name.removesuffix('.weight')}"
         lay_out = codec("plain").layout

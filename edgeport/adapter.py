@@ -10,7 +10,8 @@ from edgeport.errors import ConvertError, UnknownName, UnsupportedPatch, about
 from edgeport.lowrank import OVERSAMPLING
 from edgeport.seams import Adapting, Edit, Factors, FileLayout, LowRankEdit, Sink
 from edgeport.steps import Allowed, Step, cut
-from edgeport.tensor import EMBEDDING, Weight
+from edgeport.tensor import Weight
+from edgeport.ties import HEADS
 
 SIDECAR, RESIDUAL = "sidecar", "residual"
 Patched = Mapping[str, tuple[Weight, Sequence[Edit]]]
@@ -71,7 +72,7 @@ def plan_residual(sink: Sink, patched: Patched, placed: Mapping[str, Weight], ra
     """
     if rank < 1:
         raise UnknownName(f"--residual {rank} is no rank; give a number from 1 on")
-    rounded = [placed[name] for name in patched if name in placed and placed[name].codec != "plain" and name != EMBEDDING]
+    rounded = [placed[name] for name in patched if name in placed and placed[name].codec != "plain" and name not in HEADS]
     if not rounded:
         raise UnsupportedPatch("no patched linear layer is stored in a quantized format, so rounding leaves no residual")
     return laid_out(RESIDUAL, sink, patched, {one.name: min(rank, one.rows, one.columns) for one in rounded})
@@ -97,6 +98,6 @@ def surveyed(adapter: Adapter, patched: Patched, placed: Mapping[str, Weight], a
     for one in adapter.factors:
         origin, edits = patched[one.target]
         # a tied head is stored as the embedding
-        stored = placed.get(one.target) or placed[EMBEDDING].named(one.target)
+        stored = placed.get(one.target) or next(placed[name] for name in HEADS if name in placed).named(one.target)
         steps.append(cut(origin, stored, tuple(edits), replace(allowed, vram=None, cuda=False)))
     return replace(adapter, steps=tuple(steps))

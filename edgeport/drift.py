@@ -23,7 +23,8 @@ from edgeport.patches.names import find
 from edgeport.seams import Edit, LowRankEdit, Source
 from edgeport.steps import BLOCK_ELEMENTS
 from edgeport.survival import inner
-from edgeport.tensor import EMBEDDING, HEAD, Weight
+from edgeport.tensor import Weight
+from edgeport.ties import is_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +127,7 @@ def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
     before = find(name, old.weights)
     if before is None:
         raise TargetMissing(f"{new.path.name} has it and {old.path.name} does not; they are not of one architecture")
-    if before.shape[1:] != weight.shape[1:] or (before.shape != weight.shape and name not in (EMBEDDING, HEAD)):
+    if before.shape[1:] != weight.shape[1:] or (before.shape != weight.shape and not is_end(name)):
         raise ShapeMismatch(
             f"it has shape {list(before.shape)} in {old.path.name} and {list(weight.shape)} in {new.path.name}; "
             "both must be of the same architecture and size"

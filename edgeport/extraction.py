@@ -26,7 +26,8 @@ from edgeport.places import DISK_SLACK_BYTES, check_disk, check_output, through_
 from edgeport.registry import codec
 from edgeport.seams import Source
 from edgeport.steps import BLOCK_ELEMENTS, FLOAT_BYTES, Limits, block_budget
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import HEAD, TensorSpec, Weight
+from edgeport.ties import HEADS, is_tied
 
 DEFAULT_RANK = 16
 LEAST_WIDTH = 64
@@ -87,7 +88,8 @@ class ExtractionPlan:
 
     @property
     def tied(self) -> bool:
-        return HEAD not in {change.both.name for change in self.changes}
+        own = any(change.both.name in HEADS.values() for change in self.changes)
+        return not own and is_tied(self.tuned.weights, self.tuned.config)
 
     @property
     def grown(self) -> dict[str, int]:
@@ -224,7 +226,7 @@ def specs_at_most(pairs: Sequence[Both], forms: Mapping[str, str], keep: Keep) -
         elif form != NONE:
             inside = f"{PEFT_PREFIX}{name.rpartition('.')[0]}.base_layer.weight"
             found.append(as_plain(both, form, inside if form == WHOLE else name))
-        if form == WHOLE and name == EMBEDDING:
+        if form == WHOLE and name in HEADS:
             found.append(as_plain(both, form, f"{PEFT_PREFIX}{HEAD}"))
     return [part.spec for weight in found for part in weight.parts.values()]
 

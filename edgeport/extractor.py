@@ -45,7 +45,8 @@ from edgeport.seams import FileLayout
 from edgeport.staging import Staging, claimed, staged
 from edgeport.steps import COPY_BYTES, stored_alike
 from edgeport.survival import inner
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import HEAD, TensorSpec, Weight
+from edgeport.ties import HEADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +159,7 @@ def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging)
         return Taken(both.name, LORA, both.new.shape, relative, rank, energy, squares)
     name = both.name if change.form == DIFFERENCE else whole_name(both.name, file)
     # PEFT looks for the values of a tied embedding under the head's name as well
-    names = [name, f"{PEFT_PREFIX}{HEAD}"] if change.form == WHOLE and both.name == EMBEDDING and plan.tied else [name]
+    names = [name, f"{PEFT_PREFIX}{HEAD}"] if change.form == WHOLE and both.name in HEADS and plan.tied else [name]
     for weight in [as_plain(both, change.form, name) for name in names]:
         file.add(weight, staging)
         for rows in ranges(both.new, change.rows, both.granule):
@@ -262,10 +263,12 @@ def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appende
     alpha = plan.keep.rank or max(ranks.values(), default=DEFAULT_RANK)
     whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.squares]
     saved = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
+    if plan.tied and any(name in HEADS and not name.endswith("embed_tokens.weight") for name in whole):
+        saved.append(HEAD.removesuffix(".weight"))  # PEFT ties no embedding of another name
     biases = {name.removesuffix(".bias") for name in whole if name.endswith(".bias")}
     config = lora_config(
         ranks, alpha, alpha_pattern={name: rank for name, rank in ranks.items() if rank != alpha},
         bias="all" if biases - set(saved) else "none", modules_to_save=saved or None,
-        ensure_weight_tying=plan.tied and EMBEDDING.removesuffix(".weight") in saved,
+        ensure_weight_tying=plan.tied and any(name.endswith("embed_tokens.weight") for name in whole),
     )  # fmt: skip
     (folder / CONFIG).write_bytes(spelled(config))

@@ -18,7 +18,7 @@ from edgeport.drift import Item, Sums, compared
 from edgeport.errors import NotPortable
 from edgeport.manifest import sha256
 from edgeport.seams import Source
-from edgeport.tensor import EMBEDDING
+from edgeport.ties import ends
 
 if TYPE_CHECKING:
     from edgeport.planning import Plan
@@ -101,7 +101,7 @@ def patched(plan: Plan) -> list[Item]:
 
 def vocabulary_notes(new: Source, old: Source) -> list[str]:
     """How the new base's vocabulary differs from the old one's, as far as headers and files tell."""
-    rows = [source.weights[EMBEDDING].rows for source in (old, new) if EMBEDDING in source.weights]
+    rows = [source.weights[model.embedding].rows for source in (old, new) if (model := ends(source.weights))]
     if len(set(rows)) > 1:
         return [f"the vocabulary has {rows[1]} rows, and had {rows[0]}"]
     files = [path for source in (old, new) if (path := source.path / TOKENIZER).is_file()]

@@ -11,7 +11,7 @@ from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import fingerprint, manifest_of, read_manifest
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
-from edgeport.tensor import HEAD
+from edgeport.ties import is_tied
 
 WORST = 5
 """Weights that kept least, named one by one."""
@@ -37,7 +37,7 @@ def describe_model(source: Source) -> dict[str, Any]:
         "bytes": sum(weight.nbytes for weight in weights),
         "formats": dict(Counter(weight.format for weight in weights).most_common()),
         "codecs": sorted({weight.codec for weight in weights}),
-        "tied_head": HEAD not in source.weights,
+        "tied_head": is_tied(source.weights, source.config),
         "fingerprint": fingerprint(source),
         "tensors": {weight.name: {"shape": list(weight.shape), "format": weight.format} for weight in weights},
     }

@@ -11,7 +11,8 @@ from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, Targe
 from edgeport.patches.names import find
 from edgeport.seams import Source
 from edgeport.steps import common_granule
-from edgeport.tensor import EMBEDDING, HEAD, Weight, is_buffer
+from edgeport.tensor import Weight, is_buffer
+from edgeport.ties import HEADS, is_end
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def matched(old: Source, new: Source) -> list[Both]:
             raise TargetMissing(f"{new.path.name} has {name}, which {old.path.name} does not; they are not of one architecture")
         found[before.name] = paired(before.name, before, weight)
     for name, weight in before_all.items():
-        if name == HEAD and name not in found and (embedding := find(HEAD, after_all)):
+        if name in HEADS.values() and name not in found and (embedding := find(name, after_all)):
             found[name] = paired(name, weight, embedding)
         elif name not in found:
             raise MissingTensor(f"{old.path.name} has {name}, which {new.path.name} does not; they are not of one architecture")
@@ -60,7 +61,7 @@ def matched(old: Source, new: Source) -> list[Both]:
 
 
 def paired(name: str, old: Weight, new: Weight) -> Both:
-    grown = name in (EMBEDDING, HEAD) and old.shape[1:] == new.shape[1:] and old.shape[0] < new.shape[0]
+    grown = is_end(name) and old.shape[1:] == new.shape[1:] and old.shape[0] < new.shape[0]
     if old.shape != new.shape and not grown:
         with about(name):
             raise ShapeMismatch(

@@ -27,7 +27,8 @@ from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
 from edgeport.seams import Cautioned, Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear
-from edgeport.tensor import EMBEDDING, HEAD, Weight
+from edgeport.tensor import Weight
+from edgeport.ties import INPUTS, ends, is_tied
 
 if TYPE_CHECKING:
     from edgeport.promotion import Promotion
@@ -260,18 +261,33 @@ def with_ties(source: Source, edits: Mapping[str, list[list[Edit]]]) -> list[Wor
     """
     flat = {name: tuple(edit for part in parts for edit in part) for name, parts in edits.items()}
     work = [(name, weight, flat.get(name, ())) for name, weight in source.weights.items()]
-    stored = HEAD in source.weights
-    if EMBEDDING not in source.weights or (stored and not source.config.get("tie_word_embeddings")):
+    model, tied = ends(source.weights), is_tied(source.weights, source.config)
+    if model is None:
+        if tied:
+            check_together(source, flat)
+        return work
+    stored = model.head in source.weights
+    if not tied and (stored or model.head not in edits):
         return work
     none: list[list[Edit]] = [[] for _ in next(iter(edits.values()), [])]
-    pairs = zip(edits.get(EMBEDDING, none), edits.get(HEAD, none), strict=True)
+    pairs = zip(edits.get(model.embedding, none), edits.get(model.head, none), strict=True)
     head = tuple(edit for below, own in pairs for edit in head_edits(below, own))
     if stored:
-        return [(name, weight, head if name == HEAD else todo) for name, weight, todo in work]
-    if head == flat.get(EMBEDDING, ()):
+        return [(name, weight, head if name == model.head else todo) for name, weight, todo in work]
+    if head == flat.get(model.embedding, ()):
         return work
-    embedding = source.weights[EMBEDDING]
-    return [*work, (HEAD, embedding.named(HEAD), head)]
+    embedding = source.weights[model.embedding]
+    return [*work, (model.head, embedding.named(model.head), head)]
+
+
+def check_together(source: Source, edits: Mapping[str, Sequence[Edit]]) -> None:
+    """Raises UnsupportedPatch where an embedding changes whose tied head has to stay, and cannot be stored."""
+    alone = [name for name, todo in edits.items() if INPUTS.fullmatch(name) and not all(edit.tied for edit in todo)]
+    if alone:
+        raise UnsupportedPatch(
+            f"the patch changes {alone[0]} and not the head that {source.path.name} ties to it, and edgeport cannot store a head "
+            f"for a model of type {source.config.get('model_type')}; train both together (PEFT's ensure_weight_tying)"
+        )
 
 
 def head_edits(below: Sequence[Edit], own: Sequence[Edit]) -> Sequence[Edit]:
@@ -346,19 +362,25 @@ def grows(work: Sequence[Work]) -> bool:
 
 def adapted_config(source: Source, work: Sequence[Work]) -> dict[str, Any]:
     """config.json as the edits make it: an untied head, a grown vocabulary."""
-    adapted = dict(source.config)
     todo = {name: edits for name, _, edits in work}
-    tied = HEAD not in source.weights or adapted.get("tie_word_embeddings")
-    if tied and HEAD in todo and todo[HEAD] != todo[EMBEDDING]:
-        adapted["tie_word_embeddings"] = False
-    rows = {final_shape(origin, todo)[0] for name, origin, todo in work if name in (EMBEDDING, HEAD)}
+    changes: dict[str, Any] = {}
+    model = ends(todo)
+    if model and is_tied(source.weights, source.config) and todo.get(model.head, todo[model.embedding]) != todo[model.embedding]:
+        changes["tie_word_embeddings"] = False
+    rows = {final_shape(origin, todo)[0] for name, origin, todo in work if model and name in (model.embedding, model.head)}
     if len(rows) > 1:
         raise ShapeMismatch(f"embedding and head would have {' and '.join(map(str, sorted(rows)))} rows, where both need as many")
-    if rows and not grows(work) and adapted.get("vocab_size") not in (None, *rows):
-        raise ShapeMismatch(f"the embedding has {rows.pop()} rows, and config.json says vocab_size {adapted['vocab_size']}")
+    text = source.config.get("text_config")
+    told = (text if isinstance(text, dict) else source.config).get("vocab_size")
+    if rows and not grows(work) and told not in (None, *rows):
+        raise ShapeMismatch(f"the embedding has {rows.pop()} rows, and config.json says vocab_size {told}")
     if grows(work) and rows:
-        adapted["vocab_size"] = rows.pop()
-    return adapted
+        changes["vocab_size"] = rows.pop()
+    if not changes or not isinstance(text, dict):
+        return {**source.config, **changes}
+    # of models with a text_config transformers 4 and 5 read the first word in different places
+    outer = {key: value for key, value in changes.items() if key in source.config or key == "tie_word_embeddings"}
+    return {**source.config, **outer, "text_config": {**text, **changes}}
 
 
 def notes_on(work: Sequence[Work]) -> list[str]:

@@ -12,7 +12,8 @@ from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
 from edgeport.seams import Edit, Finishing
-from edgeport.tensor import EMBEDDING, Weight
+from edgeport.tensor import Weight
+from edgeport.ties import HEADS
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements a block has when memory does not ask for fewer: large enough to keep the cores busy, small enough for caches."""
@@ -162,7 +163,7 @@ def fitting(rule: str, weight: Weight) -> str:
 
 def is_linear(weight: Weight) -> bool:
     """Whether the weight is multiplied by what its layer is given, and not a table or a vector."""
-    return len(weight.shape) == 2 and weight.name != EMBEDDING
+    return len(weight.shape) == 2 and weight.name not in HEADS
 
 
 def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: Rule) -> str:

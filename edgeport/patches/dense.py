@@ -18,7 +18,8 @@ from edgeport.patches.edits import Difference
 from edgeport.patches.lora import RECORD, TOKENIZER_FILES
 from edgeport.patches.names import find
 from edgeport.seams import Edit, Source
-from edgeport.tensor import HEAD, TensorSpec, Weight
+from edgeport.tensor import TensorSpec, Weight
+from edgeport.ties import HEADS
 
 FILE = "difference.safetensors"
 KIND = "dense"
@@ -61,7 +62,7 @@ class DensePatch:
         before = stored.shape if grown is None else (grown, *stored.shape[1:])
         if weight.shape != before:
             raise ShapeMismatch(f"the patch is for {weight.name} of shape {list(before)}, and the base has {list(weight.shape)}")
-        tied = bool(self.record.get("tied", HEAD not in self.stored))
+        tied = bool(self.record.get("tied", not any(head in self.stored for head in HEADS.values())))
         return Difference(weight.name, stored.shape, stored, self.scale, tied)
 
     def find(self, name: str, new: Source) -> Weight:

@@ -12,9 +12,10 @@ from typing import Any
 
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, TargetMissing
 from edgeport.patches.edits import LowRank
+from edgeport.patches.names import find
 from edgeport.registry import converters
 from edgeport.seams import AdapterReader, Edit, LowRankPair, OpenedAdapter, Source
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec
+from edgeport.tensor import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class GgufLora:
         return [self.edit(pair, new) for pair in self.opened.pairs(new.config)]
 
     def edit(self, pair: LowRankPair, new: Source) -> LowRank:
-        weight = new.weights.get(pair.target)
-        if weight is None and pair.target == HEAD and EMBEDDING in new.weights:
-            weight = new.weights[EMBEDDING].named(HEAD)
-        if weight is None:
+        if (weight := find(pair.target, new.weights)) is None:
             raise TargetMissing(
                 f"the patch changes {pair.target}, which {new.path.name} does not have; is it a model of {self.opened.arch}?"
             )

@@ -19,7 +19,8 @@ from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, Ta
 from edgeport.patches.edits import LowRank, Replace, ReplaceRows
 from edgeport.patches.names import PEFT_PREFIX, find
 from edgeport.seams import Edit, Source
-from edgeport.tensor import EMBEDDING, HEAD, TensorSpec, Weight
+from edgeport.tensor import TensorSpec, Weight
+from edgeport.ties import is_end
 
 if TYPE_CHECKING:
     pass
@@ -59,6 +60,8 @@ class LoraPatch:
     files: Sequence[Path]
     scale: float
     base_fingerprint: str | None = None
+    made_tied: bool = False
+    """Whether edgeport took it from a model whose embedding is its head."""
     kind: str = field(default="lora", init=False)
 
     @property
@@ -168,18 +171,18 @@ class LoraPatch:
             )
         self.before(weight, old)
         idle = (frozen.name,) if frozen else ()
-        scaling = self.scaling(bare, rank) * self.scale
-        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, self.keeps_ties, idle=idle)
+        scaling, tied = self.scaling(bare, rank) * self.scale, self.keeps_tie(weight)
+        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, tied, idle=idle)
 
     def whole(self, weight: Weight, values: Sequence[Stored], old: Source | None) -> Edit:
         """`values`: one matrix, which PEFT saves a second time, under the bare name, where a vocabulary has grown."""
         stored, *others = sorted(values, key=lambda one: ".modules_to_save." not in one.name)
         shape = stored.shape
-        vocabulary = weight.name in (EMBEDDING, HEAD)
+        vocabulary = is_end(weight.name)
         if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
             raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
         # a head of the old size cannot stay beside a grown embedding
-        tied = self.keeps_ties or (shape != weight.shape and not self.names_head)
+        tied = self.keeps_tie(weight) or (shape != weight.shape and not self.names_head)
         idle = tuple(one.name for one in others)
         return Replace(weight.name, shape, stored, self.scale, self.before(weight, old), tied, idle)
 
@@ -207,16 +210,18 @@ class LoraPatch:
     def names_head(self) -> bool:
         return any(name.removeprefix(PEFT_PREFIX).startswith("lm_head.") for name in self.stored)
 
-    @property
-    def keeps_ties(self) -> bool:
-        return bool(self.config.get("ensure_weight_tying"))
+    def keeps_tie(self, weight: Weight) -> bool:
+        """Whether a change of the embedding is the head's too."""
+        # PEFT ties no embedding of another name (`EMBEDDING_LAYER_NAMES`)
+        named = weight.name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        return self.made_tied or (named and bool(self.config.get("ensure_weight_tying")))
 
     def before(self, weight: Weight, old: Source | None) -> tuple[Source, Weight] | None:
         """The weight in the old base, where there is one. Raises TargetMissing, ShapeMismatch."""
         if old is None:
             return None
         known = self.find(weight.name, old)
-        grown = weight.name in (EMBEDDING, HEAD) and known.shape[1:] == weight.shape[1:]
+        grown = is_end(weight.name) and known.shape[1:] == weight.shape[1:]
         if known.shape != weight.shape and not grown:
             raise ShapeMismatch(
                 f"{weight.name} has shape {list(known.shape)} in the old base and {list(weight.shape)} in the new one; "
@@ -263,14 +268,15 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and isfinite(value)
 
 
-def recorded_base(path: Path) -> str | None:
-    """The fingerprint of the base that the patch was made on, where the folder's edgeport.json says it."""
+def recorded(path: Path) -> tuple[str | None, bool]:
+    """What the folder's edgeport.json says of the base that the patch was made on: its fingerprint, and whether it is tied."""
     if not (path / RECORD).is_file():
-        return None
-    recorded = read_json(path / RECORD).get("base_fingerprint")
-    if not isinstance(recorded, str | None):
-        raise CorruptCheckpoint(f"{RECORD} in {path.name} has the base_fingerprint {recorded!r} where a text was expected")
-    return recorded
+        return None, False
+    record = read_json(path / RECORD)
+    fingerprint = record.get("base_fingerprint")
+    if not isinstance(fingerprint, str | None):
+        raise CorruptCheckpoint(f"{RECORD} in {path.name} has the base_fingerprint {fingerprint!r} where a text was expected")
+    return fingerprint, bool(record.get("tied"))
 
 
 class LoraKind:
@@ -293,7 +299,7 @@ class LoraKind:
         for name, place in stored.items():
             if "F" not in place.dtype:
                 raise UnsupportedPatch(f"the patch tensor {name} is of type {place.dtype}, and not of floating point")
-        return LoraPatch(path, config, stored, [file, path / CONFIG], scale, recorded_base(path))
+        return LoraPatch(path, config, stored, [file, path / CONFIG], scale, *recorded(path))
 
 
 patch_kind = LoraKind()

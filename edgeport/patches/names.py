@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 
-from edgeport.tensor import EMBEDDING, HEAD, Weight
+from edgeport.tensor import Weight
+from edgeport.ties import ends
 
 PEFT_PREFIX = "base_model.model."
 
@@ -68,4 +69,5 @@ def find(name: str, weights: Mapping[str, Weight]) -> Weight | None:
     known = resolve(name, weights)
     if known is not None:
         return weights[known]
-    return weights[EMBEDDING].named(HEAD) if name == HEAD and EMBEDDING in weights else None
+    model = ends(weights)
+    return weights[model.embedding].named(model.head) if model and resolve(name, [model.head]) else None
