@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from edgeport.errors import ConvertError, UnsupportedArchitecture
+from edgeport.errors import ConvertError, CorruptCheckpoint, UnsupportedArchitecture
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama
 from tests.test_adapter import WORDS, apart, llama_logits
@@ -94,6 +95,17 @@ def test_several_chat_templates(rewritten: Rewritten, tmp_path: Path) -> None:
     assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "other"
     back = edgeport.export(model=out, output=tmp_path / "back.gguf", to="gguf").output
     assert gguf.GGUFReader(back).fields["tokenizer.chat_template.rag"].contents() == "other"
+
+
+@pytest.mark.parametrize("name", ["../../../escaped/a", "{}/escaped/a", "..", ".", "", "a b", "absent"])
+def test_a_template_is_written_nowhere_but_into_the_output(name: str, rewritten: Rewritten, tmp_path: Path) -> None:
+    name = name.format(tmp_path)
+    keys: dict[str, Any] = {"tokenizer.chat_templates": (["ok", name], ARRAY, TEXT), "tokenizer.chat_template.ok": ("x", TEXT)}
+    found = rewritten(keys | ({f"tokenizer.chat_template.{name}": ("evil", TEXT)} if name != "absent" else {}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CorruptCheckpoint, match=re.escape(f"names the template {name!r}, ")):
+        edgeport.plan(new_base=found, output=tmp_path / "out", to="hf")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_tokenizer_that_no_folder_holds_is_refused_at_once(rewritten: Rewritten, tmp_path: Path) -> None:

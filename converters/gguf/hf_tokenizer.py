@@ -7,6 +7,7 @@ for, such as SmolLM's cutting of numbers into digits, so the files are written h
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from converters.gguf.header import read_header
 from converters.gguf.pretokenizers import named
 from converters.gguf.vocab_spm import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from edgeport.errors import ConvertError, UnsupportedArchitecture
+from edgeport.errors import ConvertError, CorruptCheckpoint, UnsupportedArchitecture
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+_TEMPLATE_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")
+"""What a file of the folder may be called: a name from a GGUF never becomes another path."""
 
 
 def write_tokenizer(gguf_path: Path, folder: Path) -> None:
@@ -31,7 +34,7 @@ def write_tokenizer(gguf_path: Path, folder: Path) -> None:
 
 
 def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
-    """File name to content, from GGUF metadata (name to value). Raises UnsupportedArchitecture."""
+    """File name to content, from GGUF metadata (name to value). Raises UnsupportedArchitecture, CorruptCheckpoint."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in kv.items()}
     if "tokens" not in ggml:
         raise ConvertError("the GGUF holds no tokenizer: it has no tokenizer.ggml.tokens")
@@ -76,6 +79,10 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
     if "tokenizer.chat_template" in kv:
         files["chat_template.jinja"] = kv["tokenizer.chat_template"]
     for name in kv.get("tokenizer.chat_templates") or []:
+        if not _TEMPLATE_NAME.fullmatch(name):
+            raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, which cannot be a file's name")
+        if f"tokenizer.chat_template.{name}" not in kv:
+            raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, and there is none of that name")
         files[f"additional_chat_templates/{name}.jinja"] = kv[f"tokenizer.chat_template.{name}"]
     return files
 
