@@ -63,13 +63,17 @@ def bias(rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "how",
-    ["a factor without a type", "the name of 2023", "a bias of the output alone", "settings that change nothing",
-     "one count a layer"],
+    ["a factor without a type", "the name of 2023", "betas of yarn", "a bias of the output alone",
+     "settings that change nothing", "one count a layer"],
 )
 def test_what_llama_cpp_computes_is_what_the_folder_says(how: str, rewritten: Rewritten, tmp_path: Path) -> None:
     keys, tensors = {
         "a factor without a type": ({"llama.rope.scaling.factor": (4.0, FLOAT)}, {}),
         "the name of 2023": ({"llama.rope.scale_linear": (4.0, FLOAT)}, {}),
+        "betas of yarn": ({
+            "llama.rope.scaling.type": ("yarn", TEXT), "llama.rope.scaling.factor": (4.0, FLOAT),
+            "llama.rope.scaling.original_context_length": (32, INTEGER), "llama.rope.scaling.yarn_beta_fast": (8.0, FLOAT),
+            "llama.rope.scaling.yarn_beta_slow": (3.0, FLOAT)}, {}),
         "a bias of the output alone": ({}, {f"blk.{layer}.attn_output.bias": bias(64) for layer in range(2)}),
         "settings that change nothing": (
             {"llama.rope.scaling.attn_factor": (1.0, FLOAT), "llama.labels": (["yes", "no"], ARRAY, TEXT)}, {}),

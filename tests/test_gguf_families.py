@@ -43,7 +43,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -196,6 +196,8 @@ def test_unknown_factors_are_refused() -> None:
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
         ("gemma2", {"layer_types": ["full_attention"] * 12}, "layer_types"),
         ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, "attention_factor"),
+        ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta_fast or beta_slow"),
+        ("qwen2", {"rope_parameters": {**YARN, "beta_slow": 2}}, "beta_fast or beta_slow"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "each kind of layer"),
     ],
 )
@@ -203,6 +205,13 @@ def test_what_llama_cpp_would_ignore_is_refused(name: str, changes: dict[str, An
     config = as_json(name) | changes
     with pytest.raises(UnsupportedArchitecture, match=message):
         family(config).metadata(config)
+
+
+def test_settings_of_yarn_that_say_what_llama_cpp_does_anyway() -> None:
+    usual = {"beta_fast": 32, "beta_slow": 1.0, "truncate": True, "attention_factor": 0.1 * math.log(4) + 1}
+    config = as_json("qwen2 yarn")
+    assert family(config).metadata(config | {"rope_parameters": YARN | usual}) == family(config).metadata(
+        config | {"rope_parameters": YARN})
 
 
 def test_a_missing_setting_is_named() -> None:

@@ -41,12 +41,12 @@ GEMMA2_SETTINGS = (
     ("attention.sliding_window", "sliding_window", "UINT32"),
 )
 KNOWN_SCALING = ("type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
-"""Settings under rope.scaling that `config` has a word for, or that nothing is computed from."""
-YARN = (
-    ("rope.scaling.original_context_length", "original_max_position_embeddings", "UINT32"),
-    ("rope.scaling.yarn_beta_fast", "beta_fast", "FLOAT32"),
-    ("rope.scaling.yarn_beta_slow", "beta_slow", "FLOAT32"),
-)
+"""Settings under rope.scaling that `config` has a word for, or that nothing is computed from.
+
+llama.cpp does not read yarn's betas for any family here, whatever a GGUF says of them: the folder has none, which means 32 and 1
+there as well.
+"""
+YARN_CONTEXT = "rope.scaling.original_context_length"
 
 # transformers' names of the tensors of all families; gguf-py's map says which of them an architecture has.
 TENSORS = (
@@ -116,8 +116,8 @@ class Family:
             metadata[f"{self.arch}.rope.scaling.type"] = kv("STRING", rope["rope_type"])
             metadata[f"{self.arch}.rope.scaling.factor"] = kv("FLOAT32", rope["factor"])
         if rope["rope_type"] == "yarn":
-            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-            metadata |= {f"{self.arch}.{key}": kv(kind, rope[name]) for key, name, kind in YARN if rope.get(name)}
+            context = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+            metadata[f"{self.arch}.{YARN_CONTEXT}"] = kv("UINT32", context)
         return metadata
 
     def config(self, metadata: Mapping[str, Any], rope_freqs: NDArray[np.float32] | None = None) -> dict[str, Any]:
@@ -158,8 +158,8 @@ class Family:
             config["rope_scaling"] = llama3_scaling(rope_freqs, config["head_dim"], theta)
         elif scaling in ("linear", "yarn"):
             config["rope_scaling"] = {"rope_type": scaling, "factor": _shortest(factor)}
-            found = {name: under[key] for key, name, _ in YARN if scaling == "yarn" and key in under}
-            config["rope_scaling"] |= {k: _shortest(v) if isinstance(v, float) else v for k, v in found.items()}
+            if scaling == "yarn" and YARN_CONTEXT in under:
+                config["rope_scaling"]["original_max_position_embeddings"] = under[YARN_CONTEXT]
         elif scaling != "none":
             raise UnsupportedArchitecture(f"rope scaling {scaling!r} of the GGUF has no counterpart here")
         for name in ("bos", "eos", "pad"):
@@ -230,6 +230,8 @@ class Family:
             usual = 0.1 * math.log(rope["factor"]) + 1.0
             if not math.isclose(rope.get("attention_factor", usual), usual) or not rope.get("truncate", True):
                 refused.append("attention_factor or truncate of yarn")
+            if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+                refused.append("beta_fast or beta_slow of yarn")
         for name in ("hidden_act", "hidden_activation"):
             if name in config and config[name] != self.activation and name != self._unused():
                 refused.append(f"{name} {config[name]!r}")
