@@ -28,9 +28,13 @@ def is_positive(value: Any) -> bool:
 
 
 def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one dict, from transformers 4's two keys or transformers 5's one."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope = {name: value for name, value in rope.items() if value is not None}
+    """Rotary settings in one dict, from transformers 4's two keys or transformers 5's one.
+
+    Where both are there, transformers takes rope_scaling as it is and nothing of the other, its rope_theta neither
+    (`modeling_rope_utils.RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`).
+    """
+    told = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope = {name: value for name, value in told.items() if value is not None}
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)

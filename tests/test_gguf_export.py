@@ -93,6 +93,15 @@ def test_llama_cpp_computes_what_transformers_computes(family: str, make: Callab
     assert float((found.argmax(1) == expected.argmax(1)).mean()) >= 0.95
 
 
+def test_a_scaling_that_was_added_later(make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make("Qwen 2")
+    config = json.loads((base / "config.json").read_text())
+    told = {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}}
+    (base / "config.json").write_text(json.dumps(config | told))
+    edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf", quant="f32")
+    assert "rope_parameters" in config and relative(llama_logits(tmp_path / "out.gguf"), transformers_logits(base)) < 2e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_back_from_gguf_to_a_folder(family: str, make: Callable[..., Path], tmp_path: Path) -> None:
     base = make(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from copy import deepcopy
@@ -175,6 +176,16 @@ def halves(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def test_logits_are_those_of_transformers(name: str, portable: bool, families: Families, tmp_path: Path) -> None:
     folder, model = families(name)
     edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32", portable=portable)
+    assert error(found(tmp_path / "out"), expected(model)) < 2e-6
+
+
+def test_a_scaling_that_was_added_later_takes_the_place_of_all_rotary_settings(families: Families, tmp_path: Path) -> None:
+    base = shutil.copytree(families("qwen3")[0], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    told = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN}
+    (base / "config.json").write_text(json.dumps(config | told))
+    edgeport.export(model=base, output=tmp_path / "out", to="onnx", quant="fp32")
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     assert error(found(tmp_path / "out"), expected(model)) < 2e-6
 
 
