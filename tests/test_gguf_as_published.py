@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgeport
-from edgeport.errors import ConvertError, CorruptCheckpoint, UnsupportedArchitecture
+from edgeport.errors import ConvertError, CorruptCheckpoint, SourceError, UnsupportedArchitecture
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama
 from tests.test_adapter import WORDS, apart, llama_logits
@@ -90,6 +90,16 @@ def test_what_llama_cpp_computes_is_what_the_folder_says(how: str, rewritten: Re
 ])  # fmt: skip
 def test_what_a_folder_cannot_say_is_refused(keys: dict[str, Any], message: str, rewritten: Rewritten) -> None:
     with pytest.raises(UnsupportedArchitecture, match=message):
+        _ = open_model(rewritten(keys)).weights
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"llama.feed_forward_length": (999, INTEGER)}, r"down_proj.*has shape \[64, 128\] where the metadata says \[64, 999\]"),
+    ({"llama.attention.head_count_kv": (4, INTEGER)}, r"k_proj.*has shape \[32, 64\] where the metadata says \[64, 64\]"),
+    ({"llama.block_count": (3, INTEGER)}, r"no tensor model\.layers\.2\..*, which the metadata calls for"),
+])  # fmt: skip
+def test_settings_that_are_not_of_these_tensors(keys: dict[str, Any], message: str, rewritten: Rewritten) -> None:
+    with pytest.raises(SourceError, match=message):
         _ = open_model(rewritten(keys)).weights
 
 

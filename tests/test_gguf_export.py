@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import edgeport
 from edgeport.blocks import decode_rows
 from edgeport.demo import packaged_model
-from edgeport.errors import ConvertError, OutputExists, TargetMissing, UnmappedTensor
+from edgeport.errors import ConvertError, EdgeportError, OutputExists, TargetMissing, UnmappedTensor
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama, save_tokenizer
 from tests.test_adapter import save_patch
@@ -213,13 +215,40 @@ def test_an_importance_matrix_lowers_the_error_where_it_is_large(make: Callable[
 
 def test_a_tensor_without_a_name_in_gguf_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
     base = make("Llama 2")
-    from safetensors.torch import load_file, save_file
-
     state = load_file(base / "model.safetensors")
     save_file({**state, "model.layers.0.extra.weight": torch.zeros(2, 2)}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnmappedTensor, match=r"model\.layers\.0\.extra\.weight"):
         edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "message"),
+    [
+        ({"intermediate_size": 999}, "", "down_proj.weight: it has shape [64, 128] where config.json says [64, 999]"),
+        ({"num_key_value_heads": 4}, "", "k_proj.weight: it has shape [32, 64] where config.json says [64, 64]"),
+        ({"num_key_value_heads": None}, "", "k_proj.weight: it has shape [32, 64] where config.json says [64, 64]"),
+        ({"num_key_value_heads": 3}, "", "4 of queries and 3 of keys, of which no model can be made"),
+        ({"num_attention_heads": 0}, "", "ZeroDivisionError"),
+        ({"head_dim": 32}, "", "k_proj.weight: it has shape [32, 64] where config.json says [64, 64]"),
+        ({"hidden_size": 128, "head_dim": 32}, "", "it has shape [320, 64] where config.json says [320, 128]"),
+        ({"num_hidden_layers": 3}, "", "no tensor model.layers.2."),
+        ({}, "model.norm.weight", "no tensor model.norm.weight, which config.json calls for"),
+        ({}, "model.layers.1.self_attn.q_proj.weight", "no tensor model.layers.1.self_attn.q_proj.weight"),
+        ({}, "model.embed_tokens.weight", "no tensor model.embed_tokens.weight"),
+        ({}, "lm_head.weight", "no tensor lm_head.weight"),
+    ],
+)
+def test_a_config_that_is_not_of_these_tensors(
+    changes: dict[str, Any], without: str, message: str, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    base = tiny_llama(head_dim=None)
+    config = json.loads((base / "config.json").read_text()) | {"head_dim": None}
+    (base / "config.json").write_text(json.dumps(config | changes))
+    state = {name: values for name, values in load_file(base / "model.safetensors").items() if name != without}
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EdgeportError, match=re.escape(message)):
+        edgeport.plan(new_base=base, output=tmp_path / "out.gguf", to="gguf")
 
 
 def test_chat_template_survives(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ class GGUFSource:
                 continue  # a setting in the guise of a tensor: `config` says what it means
             hf_name = self.family.hf_name(name)
             found[hf_name] = stored_weight(hf_name, spec, self.family.tensor(hf_name, self.config)[1])
+        self.family.check(self.config, {name: weight.shape for name, weight in found.items()}, "the metadata")
         return found
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
@@ -294,6 +295,7 @@ class Gguf:
         else:
             ftype = mixes.file_type(target.quant or widest(source))
             settings = family.metadata(config)
+            family.check(source.config, {name: weight.shape for name, weight in source.weights.items()})
             types = mixes.choose(
                 ftype, list(names.values()), mixes.Facts.of(lambda key: settings.get(key, (None, None))[1]),
                 tensor_types=target.tensor_types, output_tensor_type=target.output_tensor_type,

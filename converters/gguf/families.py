@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.gguf.keyvalues import KV, kv
 from converters.rotary import LLAMA3_DEFAULTS, llama3_factors, rotary_settings
+from converters.shapes import ATTENTION, FEED_FORWARD, Shapes, check_sizes
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture, need
 from edgeport.tensor import AS_IS, Arrangement
 
@@ -95,6 +96,9 @@ class Family:
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     defaults: tuple[tuple[str, Any], ...] = ()
     """What this family's config.json may leave out."""
+    query_key_norm: bool = False
+    sandwich: bool = False
+    """As in `Shapes`."""
 
     def metadata(self, config: Mapping[str, Any]) -> dict[str, KV]:
         """`general.architecture` and everything under the architecture's name.
@@ -174,6 +178,17 @@ class Family:
             switch: any(f"blk.0.{module}.bias" in gguf_names for module in signs[switch])
             for switch in family_of(self.arch).biased
         }
+
+    def check(self, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], teller: str = "config.json") -> None:
+        """Hold the shapes of all weights against the config.json that `teller` gave. Raises SourceError, ConvertError."""
+        full = self._full(config)
+        head_dim, kv_heads = full["head_dim"], full["num_key_value_heads"]
+        check_sizes(full, head_dim, kv_heads, teller)
+        shapes = Shapes(
+            full["hidden_size"], full["intermediate_size"], full["num_hidden_layers"], full["num_attention_heads"], kv_heads,
+            head_dim, full["vocab_size"], frozenset((*ATTENTION, *FEED_FORWARD)), self.query_key_norm, self.sandwich,
+        )  # fmt: skip
+        shapes.check(found, bool(full.get("tie_word_embeddings")), teller)
 
     def tensor(self, hf_name: str, config: Mapping[str, Any]) -> tuple[str, Arrangement]:
         """The GGUF name of a transformers tensor, and how its values lie there. Raises UnmappedTensor."""
@@ -290,10 +305,12 @@ FAMILIES = (
             ("head_dim", 256),
             ("num_key_value_heads", 4),
             ("query_pre_attn_scalar", 256),
+            ("tie_word_embeddings", True),
         ),
+        sandwich=True,
     ),
     Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), defaults=_QWEN_DEFAULTS),
-    Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), defaults=(*_QWEN_DEFAULTS, ("head_dim", 128))),
+    Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), defaults=(*_QWEN_DEFAULTS, ("head_dim", 128)), query_key_norm=True),
 )
 
 

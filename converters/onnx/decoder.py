@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from converters.onnx.families import FEED_FORWARD, FINAL_NORM, Decoder
+from converters.onnx.families import Decoder
 from converters.onnx.graph import Graph
+from converters.shapes import FEED_FORWARD, FINAL_NORM
 from edgeport.tensor import EMBEDDING, HEAD
 
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converters.rotary import frequencies, is_positive, rotary_settings
+from converters.rotary import frequencies, rotary_settings
+from converters.shapes import ATTENTION, FEED_FORWARD, FINAL_NORM, QUERY_KEY_VALUE, Shapes, check_sizes
 from edgeport.encoders import ENCODERS
 from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, HEAD
@@ -20,28 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Config = Mapping[str, Any]
-QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-ATTENTION = (*QUERY_KEY_VALUE, "self_attn.o_proj")
-FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
-FINAL_NORM = "model.norm"
-SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings",
-)  # fmt: skip
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class Decoder(Shapes):
     """What the graph computes."""
 
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
     positions: int
     epsilon: float
     frequencies: NDArray[np.float32]
@@ -58,28 +44,9 @@ class Decoder:
     embedding_scale: float
     activation: str
     """"silu" or "gelu_pytorch_tanh"."""
-    biased: frozenset[str]
-    """Those linear layers of a decoder layer that have a bias."""
-    query_key_norm: bool
-    sandwich: bool
-    """Whether attention and feed-forward are normalised after as well as before."""
     norm_shift: float
     """What is added to the stored weight of a norm."""
     tied: bool
-
-    @property
-    def layer_weights(self) -> frozenset[str]:
-        """The names of one layer's weights, without `model.layers.N.`."""
-        norms = NORMS + ("pre_feedforward_layernorm", "post_feedforward_layernorm") * self.sandwich
-        norms += ("self_attn.q_norm", "self_attn.k_norm") * self.query_key_norm
-        return frozenset(
-            [f"{name}.weight" for name in (*ATTENTION, *FEED_FORWARD, *norms)] + [f"{name}.bias" for name in self.biased]
-        )
-
-    def names(self) -> list[str]:
-        """Of all weights, with the head."""
-        layers = [f"model.layers.{layer}.{name}" for layer in range(self.layers) for name in sorted(self.layer_weights)]
-        return [EMBEDDING, *layers, f"{FINAL_NORM}.weight", HEAD]
 
     def has_bias(self, module: str) -> bool:
         """Of a linear layer by its full name."""
@@ -95,19 +62,6 @@ class Decoder:
         if not found or int(found[1]) >= self.layers or f"{found[2]}.{found[3]}" not in self.layer_weights:
             raise UnmappedTensor(f"the ONNX graph of this model has no place for the tensor {name}")
         return "bias" if found[3] == "bias" else "norm" if found[2].endswith("norm") else "linear"
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the graph needs the weight `name` in."""
-        query, narrow, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.feed_forward
-        module, _, kind = name.rpartition(".")
-        stem = module.rpartition(".")[2]
-        rows, columns = {
-            "q_proj": (query, self.hidden), "k_proj": (narrow, self.hidden), "v_proj": (narrow, self.hidden),
-            "o_proj": (self.hidden, query), "gate_proj": (wide, self.hidden), "up_proj": (wide, self.hidden),
-            "down_proj": (self.hidden, wide), "q_norm": (self.head_dim, 0), "k_norm": (self.head_dim, 0),
-            "embed_tokens": (self.vocabulary, self.hidden), "lm_head": (self.vocabulary, self.hidden),
-        }.get(stem, (self.hidden, 0))  # fmt: skip
-        return (rows, columns) if columns and kind == "weight" else (rows,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +96,18 @@ class Family:
             gemma = self.sandwich
             return Decoder(
                 hidden, given["intermediate_size"], layers, heads, given.get("num_key_value_heads", heads), head_dim,
-                given["vocab_size"], positions, float(given["rms_norm_eps"]), angles, rotary_scale,
-                scale=float(given.get("query_pre_attn_scalar", head_dim)) ** -0.5,
-                windows=tuple(self.window(given, layer) for layer in range(layers)),
-                softcap=float(given.get("attn_logit_softcapping", 0)) if gemma else 0.0,
-                final_softcap=float(given.get("final_logit_softcapping", 0)) if gemma else 0.0,
-                embedding_scale=hidden**0.5 if gemma else 1.0, activation=self.activation,
+                given["vocab_size"],
                 biased=frozenset(
                     (*self.always_biased, *ATTENTION * bool(given.get("attention_bias") and self.attention_bias),
                      *FEED_FORWARD * bool(given.get("mlp_bias") and self.mlp_bias))
                 ),
-                query_key_norm=self.query_key_norm, sandwich=self.sandwich, norm_shift=float(gemma),
+                query_key_norm=self.query_key_norm, sandwich=self.sandwich,
+                positions=positions, epsilon=float(given["rms_norm_eps"]), frequencies=angles, rotary_scale=rotary_scale,
+                scale=float(given.get("query_pre_attn_scalar", head_dim)) ** -0.5,
+                windows=tuple(self.window(given, layer) for layer in range(layers)),
+                softcap=float(given.get("attn_logit_softcapping", 0)) if gemma else 0.0,
+                final_softcap=float(given.get("final_logit_softcapping", 0)) if gemma else 0.0,
+                embedding_scale=hidden**0.5 if gemma else 1.0, activation=self.activation, norm_shift=float(gemma),
                 tied=bool(given.get("tie_word_embeddings", gemma)),
             )  # fmt: skip
         except KeyError as error:
@@ -183,17 +138,6 @@ class Family:
         refused += ["use_bidirectional_attention"] if config.get("use_bidirectional_attention") else []
         if refused:
             raise UnsupportedArchitecture(f"the ONNX graph of {self.name} does not compute: {', '.join(refused)}")
-
-
-def check_sizes(config: Config, head_dim: Any, kv_heads: Any) -> None:
-    """Raises KeyError, ConvertError for what would give a graph that no runtime loads."""
-    sizes = {name: config[name] for name in SIZES} | {"head_dim": head_dim, "num_key_value_heads": kv_heads}
-    wrong = [f"{name} {value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
-    wrong += [] if is_positive(config["rms_norm_eps"]) else [f"rms_norm_eps {config['rms_norm_eps']!r}"]
-    if not wrong and (head_dim % 2 or config["num_attention_heads"] % kv_heads):
-        wrong = [f"heads of {head_dim} numbers, {config['num_attention_heads']} of queries and {kv_heads} of keys"]
-    if wrong:
-        raise ConvertError(f"config.json has {', '.join(wrong)}, of which no graph can be made")
 
 
 def _beyond_max_window_layers(config: Config, layer: int) -> bool:

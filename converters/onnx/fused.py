@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from converters.onnx.decoder import IDS, MASK, PAST, PRESENT
-from converters.onnx.families import QUERY_KEY_VALUE, Decoder
+from converters.onnx.families import Decoder
 from converters.onnx.graph import MICROSOFT, Graph
 from converters.onnx.matrices import matrix
+from converters.shapes import QUERY_KEY_VALUE
 from edgeport.errors import UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, Weight
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from converters.onnx.decoder import IDS, MASK, PAST, PRESENT
-from converters.onnx.families import QUERY_KEY_VALUE, Decoder
+from converters.onnx.families import Decoder
 from converters.onnx.graph import Graph
 from converters.onnx.matrices import Matrix, matrix
+from converters.shapes import QUERY_KEY_VALUE
 from edgeport.codecs.nbits import Blocks
 from edgeport.tensor import EMBEDDING, Weight
 
