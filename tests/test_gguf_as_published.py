@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edgeport
+from bench.spoiling import run
 from edgeport.errors import ConvertError, CorruptCheckpoint, SourceError, UnsupportedArchitecture
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama
@@ -101,6 +102,55 @@ def test_what_a_folder_cannot_say_is_refused(keys: dict[str, Any], message: str,
 def test_settings_that_are_not_of_these_tensors(keys: dict[str, Any], message: str, rewritten: Rewritten) -> None:
     with pytest.raises(SourceError, match=message):
         _ = open_model(rewritten(keys)).weights
+
+
+COUNT, HEADS = "llama.block_count", "llama.attention.head_count"
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {
+    "no heads": ({HEADS: (0, INTEGER)}, "num_attention_heads 0"),
+    "no heads in any layer": ({HEADS: ([0, 0], ARRAY, INTEGER)}, "num_attention_heads 0"),
+    "no heads, and no size of them": ({HEADS: (0, INTEGER), "llama.attention.key_length": ("a", TEXT)}, "TypeError"),
+    "heads of another number": ({HEADS: (3, INTEGER)}, "3 of queries and 2 of keys"),
+    "heads of keys that divide nothing": ({f"{HEADS}_kv": (3, INTEGER)}, "4 of queries and 3 of keys"),
+    "no heads of keys": ({f"{HEADS}_kv": (0, INTEGER)}, "num_key_value_heads 0"),
+    "layers as a text": ({COUNT: ("two", TEXT)}, "TypeError"),
+    "layers as a list of texts": ({COUNT: (["2", "2"], ARRAY, TEXT)}, "TypeError"),
+    "layers without end": ({COUNT: (4_000_000_000, INTEGER)}, "no tensor model.layers.2."),
+    "a width of half a number": ({"llama.embedding_length": (64.5, FLOAT)}, "TypeError"),
+    "a base of angles as a text": ({"llama.rope.freq_base": ("10000", TEXT)}, "'10000' where a number was expected"),
+    "a base of angles that is none": ({"llama.rope.freq_base": (0.0, FLOAT)}, "a positive number was expected"),
+    "a scaling as a text": ({"llama.rope.scaling.factor": ("4", TEXT)}, "'4' where a number was expected"),
+    "an epsilon that is none": ({"llama.attention.layer_norm_rms_epsilon": (float("nan"), FLOAT)}, "rms_norm_eps nan"),
+    "a token's number as a text": ({"tokenizer.ggml.eos_token_id": ("</s>", TEXT)}, "TypeError"),
+}
+SPOILT_TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a template as a number": ({"tokenizer.chat_template": (7, INTEGER)}, "a text was expected"),
+    "templates as a number": ({"tokenizer.chat_templates": (7, INTEGER)}, "TypeError"),
+    "templates named by numbers": ({"tokenizer.chat_templates": ([7], ARRAY, INTEGER)}, "TypeError"),
+    "few types": ({"tokenizer.ggml.token_type": ([1, 1], ARRAY, INTEGER)}, "a list of 2, and there are 320 tokens"),
+    "types as texts": ({"tokenizer.ggml.token_type": (["a"] * 320, ARRAY, TEXT)}, "should be a list of numbers"),
+    "merges as numbers": ({"tokenizer.ggml.merges": ([1, 2], ARRAY, INTEGER)}, "should be a list of strings"),
+    "merges of one": ({"tokenizer.ggml.merges": (["ab"], ARRAY, TEXT)}, "'ab', which is no pair"),
+    "pieces without scores": ({"tokenizer.ggml.model": ("llama", TEXT)}, "scores of the GGUF should be a list"),
+    "few scores": ({"tokenizer.ggml.model": ("llama", TEXT), "tokenizer.ggml.scores": ([0.5], ARRAY, FLOAT)}, "a list of 1"),
+    "tokens as numbers": ({"tokenizer.ggml.tokens": ([*range(320)], ARRAY, INTEGER)}, "should be a list of strings"),
+    "tokens as a text": ({"tokenizer.ggml.tokens": ("abc", TEXT)}, "should be a list of strings"),
+    "a flag as a text": ({"tokenizer.ggml.add_bos_token": ("false", TEXT)}, "true or false was expected"),
+    "a pre-tokenizer as a list": ({"tokenizer.ggml.pre": (["gpt-2"], ARRAY, TEXT)}, "no table here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*SPOILT, *SPOILT_TOKENIZERS])
+def test_metadata_of_another_kind_is_answered_in_one_sentence(name: str, rewritten: Rewritten, tmp_path: Path) -> None:
+    keys, says = (SPOILT | SPOILT_TOKENIZERS)[name]
+    found = rewritten(keys)
+    for argv in (["export", str(found), "-o", str(tmp_path / "out"), "--to", "hf"], ["inspect", str(found)]):
+        answer = run(argv)
+        if argv[0] == "export" or name in SPOILT:
+            assert answer.code == 1 and answer.error.count("\n") == 1 and says in answer.error, answer.error
+            assert ("Error" in answer.error) == ("found.gguf holds metadata of another kind" in answer.error)
+        else:
+            assert answer.code == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_chat_templates(rewritten: Rewritten, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from converters.gguf.imatrix import read_imatrix
 from converters.gguf.values import Field, ValueType
 from edgeport.checkpoint import read_range
 from edgeport.codecs.plain import TYPES as PLAIN
-from edgeport.errors import ConvertError, CorruptCheckpoint, NotACheckpoint, about
+from edgeport.errors import ConvertError, CorruptCheckpoint, EdgeportError, NotACheckpoint, about
 from edgeport.registry import codec_of
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.tensor import EMBEDDING, HEAD, Arrangement, Part, TensorSpec, Weight, is_buffer
@@ -63,13 +63,17 @@ class GGUFSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        values = {key: self.headers[0].value(key) for key in self.metadata}
-        config = self.family.config(values, self.rope_freqs())
-        config["tie_word_embeddings"] = "output.weight" not in self.stored
-        config |= self.family.biases(self.stored)
-        if "token_embd.weight" in self.stored:
-            config["vocab_size"] = self.stored["token_embd.weight"][1].shape[0]
-        return config
+        with self.well_formed():
+            values = {key: self.headers[0].value(key) for key in self.metadata}
+            config = self.family.config(values, self.rope_freqs())
+            config["tie_word_embeddings"] = "output.weight" not in self.stored
+            config |= self.family.biases(self.stored)
+            if "token_embd.weight" in self.stored:
+                config["vocab_size"] = self.stored["token_embd.weight"][1].shape[0]
+            return config
+
+    def well_formed(self) -> AbstractContextManager[None]:
+        return well_formed(f"{self.path.name} holds metadata of another kind than llama.cpp reads", CorruptCheckpoint)
 
     def rope_freqs(self) -> Any:
         """The factors of Llama 3's rotary frequencies, where the file has them."""
@@ -83,12 +87,13 @@ class GGUFSource:
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
         found = {}
-        for name, (_, spec) in self.stored.items():
-            if name == families.ROPE_FREQS:
-                continue  # a setting in the guise of a tensor: `config` says what it means
-            hf_name = self.family.hf_name(name)
-            found[hf_name] = stored_weight(hf_name, spec, self.family.tensor(hf_name, self.config)[1])
-        self.family.check(self.config, {name: weight.shape for name, weight in found.items()}, "the metadata")
+        with self.well_formed():
+            for name, (_, spec) in self.stored.items():
+                if name == families.ROPE_FREQS:
+                    continue  # a setting in the guise of a tensor: `config` says what it means
+                hf_name = self.family.hf_name(name)
+                found[hf_name] = stored_weight(hf_name, spec, self.family.tensor(hf_name, self.config)[1])
+            self.family.check(self.config, {name: weight.shape for name, weight in found.items()}, "the metadata")
         return found
 
     def read(self, spec: TensorSpec, start: int, stop: int) -> bytearray:
@@ -97,7 +102,8 @@ class GGUFSource:
 
     def assets(self, staging: Path) -> Mapping[str, Path]:
         """Tokenizer files in transformers' form; config.json is `config`, and the HF sink writes it."""
-        hf_tokenizer.write_tokenizer(self.headers[0].path, staging)
+        with self.well_formed():
+            hf_tokenizer.write_tokenizer(self.headers[0].path, staging)
         return {str(path.relative_to(staging)): path for path in sorted(staging.rglob("*")) if path.is_file()}
 
 
@@ -275,7 +281,8 @@ class Gguf:
         if target.output.suffix != ".gguf":
             raise ConvertError(f"the output {target.output.name} should end in .gguf, as llama.cpp expects")
         target.refuse_onnx_options(self.name)
-        with well_formed():
+        told = "config.json or a tokenizer file holds a value of another kind than transformers writes"
+        with well_formed(told, ConvertError):
             return self.described_sink(source, target)
 
     def described_sink(self, source: Source, target: Target) -> GGUFSink:
@@ -322,15 +329,12 @@ def importance_matrix(path: Path, names: Mapping[str, tuple[str, tuple[int, ...]
 
 
 @contextmanager
-def well_formed() -> Iterator[None]:
-    """config.json and the tokenizer's files are read key by key: a value of another kind surfaces here, in one sentence."""
+def well_formed(told: str, kind: type[EdgeportError]) -> Iterator[None]:
+    """Settings are read key by key: a value of another kind surfaces here, in one sentence that begins with `told`."""
     try:
         yield
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise ConvertError(
-            "config.json or a tokenizer file holds a value of another kind than transformers writes "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise kind(f"{told} ({type(error).__name__}: {error})") from error
 
 
 def widest(source: Source) -> str:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf.keyvalues import KV, kv
-from converters.rotary import LLAMA3_DEFAULTS, llama3_factors, rotary_settings
+from converters.rotary import LLAMA3_DEFAULTS, is_positive, llama3_factors, rotary_settings
 from converters.shapes import ATTENTION, FEED_FORWARD, Shapes, check_sizes
-from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture, need
+from edgeport.errors import ConvertError, CorruptCheckpoint, UnmappedTensor, UnsupportedArchitecture, need
 from edgeport.tensor import AS_IS, Arrangement
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Family:
         for key, name, kind in self.settings:
             if key in under:
                 value = _one(key, under[key])
-                config[name] = _shortest(value) if kind == "FLOAT32" else value
+                config[name] = _shortest(value) if kind == "FLOAT32" else index(value)
         if "vocab_size" not in config and "tokenizer.ggml.tokens" in metadata:
             config["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
         # llama.cpp's own rule; the defaults of a transformers class are of no account here.
@@ -151,6 +152,8 @@ class Family:
         if self.arch == "gemma2":
             config["query_pre_attn_scalar"] = _gemma2_scalar(config)
         config["rope_theta"] = theta = _shortest(under.get("rope.freq_base", 10000.0))
+        if not is_positive(theta):
+            raise CorruptCheckpoint(f"the GGUF's metadata has a rope.freq_base of {theta}, where a positive number was expected")
         unknown = {key for key in under if key.startswith("rope.scaling.") and key.rpartition(".")[2] not in KNOWN_SCALING}
         other = sorted(key for key in unknown if under[key] != 1.0)
         if other or under.get("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
@@ -163,12 +166,12 @@ class Family:
         elif scaling in ("linear", "yarn"):
             config["rope_scaling"] = {"rope_type": scaling, "factor": _shortest(factor)}
             if scaling == "yarn" and YARN_CONTEXT in under:
-                config["rope_scaling"]["original_max_position_embeddings"] = under[YARN_CONTEXT]
+                config["rope_scaling"]["original_max_position_embeddings"] = index(under[YARN_CONTEXT])
         elif scaling != "none":
             raise UnsupportedArchitecture(f"rope scaling {scaling!r} of the GGUF has no counterpart here")
         for name in ("bos", "eos", "pad"):
             key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
-            config[f"{name}_token_id"] = metadata.get(key)
+            config[f"{name}_token_id"] = index(metadata[key]) if key in metadata else None
         return config
 
     def biases(self, gguf_names: Container[str]) -> dict[str, bool]:
@@ -228,7 +231,8 @@ class Family:
         full = {**dict(self.defaults), **{name: value for name, value in config.items() if value is not None}}
         if "num_attention_heads" in full and "hidden_size" in full:
             full.setdefault("num_key_value_heads", full["num_attention_heads"])
-            full.setdefault("head_dim", full["hidden_size"] // full["num_attention_heads"])
+            # no heads at all are for `check` to refuse
+            full.setdefault("head_dim", full["hidden_size"] // (full["num_attention_heads"] or 1))
         return full
 
     def _check(self, config: Mapping[str, Any]) -> None:
@@ -387,7 +391,9 @@ def _one(key: str, value: Any) -> Any:
 
 
 def _shortest(value: float) -> float:
-    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    """A float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06. Raises TypeError."""
     import numpy as np
 
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} where a number was expected")
     return float(str(np.float32(value)))

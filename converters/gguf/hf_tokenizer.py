@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.gguf.header import read_header
 from converters.gguf.pretokenizers import named
-from converters.gguf.vocab_spm import BYTE, CONTROL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from converters.gguf.vocab_spm import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from edgeport.errors import ConvertError, CorruptCheckpoint, UnsupportedArchitecture
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -41,9 +41,10 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
     kind = ggml.get("model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedArchitecture(f"a GGUF tokenizer of kind {kind!r} has no table here; known: gpt2, llama")
-    types = ggml.get("token_type") or [1] * len(ggml["tokens"])
+    texts = _listed(ggml, "tokens", str)
+    types = _listed(ggml, "token_type", int, len(texts)) if ggml.get("token_type") else [NORMAL] * len(texts)
     # Rows without a token are the embedding's, not the tokenizer's.
-    tokens = {index: text for index, text in enumerate(ggml["tokens"]) if types[index] != UNUSED}
+    tokens = {index: text for index, text in enumerate(texts) if types[index] != UNUSED}
     shape = _bpe(ggml, tokens) if kind == "gpt2" else _spm(ggml, tokens, types)
     special = {name: tokens[ggml[key]] for name, key in _SPECIAL.items() if ggml.get(key) in tokens}
     added = [
@@ -59,7 +60,7 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
         for index, text in tokens.items()
         if types[index] in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
-    adds = {name: name in special and bool(ggml.get(f"add_{name}_token", _adds(ggml, name))) for name in ("bos", "eos")}
+    adds = {name: name in special and _flag(ggml, f"add_{name}_token", _adds(ggml, name)) for name in ("bos", "eos")}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -77,14 +78,37 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
     files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False)}
     files["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2)
     if "tokenizer.chat_template" in kv:
-        files["chat_template.jinja"] = kv["tokenizer.chat_template"]
+        files["chat_template.jinja"] = _text(kv, "tokenizer.chat_template")
     for name in kv.get("tokenizer.chat_templates") or []:
         if not _TEMPLATE_NAME.fullmatch(name):
             raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, which cannot be a file's name")
         if f"tokenizer.chat_template.{name}" not in kv:
             raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, and there is none of that name")
-        files[f"additional_chat_templates/{name}.jinja"] = kv[f"tokenizer.chat_template.{name}"]
+        files[f"additional_chat_templates/{name}.jinja"] = _text(kv, f"tokenizer.chat_template.{name}")
     return files
+
+
+def _listed(ggml: Mapping[str, Any], key: str, kind: type | tuple[type, ...], count: int | None = None) -> list[Any]:
+    """An array of a kind, cut to `count` elements. Raises CorruptCheckpoint, also for one that has fewer."""
+    value = ggml.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise CorruptCheckpoint(f"tokenizer.ggml.{key} of the GGUF should be a list of {'strings' if kind is str else 'numbers'}")
+    if count is not None and len(value) < count:
+        raise CorruptCheckpoint(f"tokenizer.ggml.{key} of the GGUF is a list of {len(value)}, and there are {count} tokens")
+    return value[:count]
+
+
+def _flag(ggml: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = ggml.get(key, default)
+    if not isinstance(value, bool):
+        raise CorruptCheckpoint(f"tokenizer.ggml.{key} of the GGUF is {value!r}, where true or false was expected")
+    return value
+
+
+def _text(kv: Mapping[str, Any], key: str) -> str:
+    if not isinstance(kv[key], str):
+        raise CorruptCheckpoint(f"{key} of the GGUF is a {type(kv[key]).__name__}, where a text was expected")
+    return str(kv[key])
 
 
 def _adds(ggml: Mapping[str, Any], name: str) -> bool:
@@ -96,19 +120,22 @@ def _bpe(ggml: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
     if "pre" not in ggml or "merges" not in ggml:
         raise UnsupportedArchitecture("the GGUF does not say how its tokenizer cuts text (tokenizer.ggml.pre, merges)")
     pre = named(ggml["pre"])
+    merges = [line.split(" ") for line in _listed(ggml, "merges", str)]
+    if odd := next((pair for pair in merges if len(pair) != 2), None):
+        raise CorruptCheckpoint(f"tokenizer.ggml.merges of the GGUF holds {' '.join(odd)!r}, which is no pair")
     # Added tokens too: `tokenizers` gives those that are not in the vocabulary other ids, from its end on.
     words = {text: index for index, text in tokens.items()}
     return {
         "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
         "pre_tokenizer": pre.section(),
         "decoder": _BYTE_LEVEL,
-        "model": _model(words, [line.split(" ") for line in ggml["merges"]], ignore_merges=pre.ignore_merges),
+        "model": _model(words, merges, ignore_merges=pre.ignore_merges),
     }
 
 
 def _spm(ggml: Mapping[str, Any], tokens: Mapping[int, str], types: list[int]) -> dict[str, Any]:
-    scores = ggml["scores"]
-    prefix = bool(ggml.get("add_space_prefix", True))
+    scores = _listed(ggml, "scores", (int, float), len(types))
+    prefix = _flag(ggml, "add_space_prefix", True)
     unknown = tokens.get(ggml.get("unknown_token_id", 0))
     words = {text.replace(" ", SPACE) if types[index] == USER_DEFINED else text: index for index, text in tokens.items()}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
