@@ -180,6 +180,19 @@ def test_a_process_above_its_budget_is_stopped(base: Path, patch: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_whole_values_beside_an_old_base_that_keeps_more_rows_together(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_tensors: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """Blocks of 32 rows, where the old base, a GGUF, has 24 of each head in an order of its own."""
+    monkeypatch.setattr("edgeport.steps.BLOCK_ELEMENTS", 32 * 96)
+    base = tiny_llama(hidden=96)
+    patch = save_patch(base, tmp_path / "patch", target_modules=["v_proj"], modules_to_save=["q_proj"])
+    old = edgeport.export(model=base, output=tmp_path / "old.gguf", to="gguf", quant="f32").output
+    outputs = [edgeport.port(patch=patch, new_base=base, old_base=one, output=tmp_path / f"from {one.stem}").output
+               for one in (old, base)]  # fmt: skip
+    assert read_tensors(outputs[0]) == read_tensors(outputs[1])
+
+
 def test_an_error_does_not_wait_for_the_hashes_of_the_inputs(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

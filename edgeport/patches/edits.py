@@ -146,7 +146,7 @@ class Replace(OfValues):
         if self.old is None:
             return None
         source, weight = self.old
-        return decode_rows(source, weight, known(weight, rows), device)
+        return whole_granules(source, weight, known(weight, rows), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +189,13 @@ class ReplaceRows(OfValues):
         if self.old is None or index >= self.old[1].rows:
             return None
         source, weight = self.old
-        start = index - index % weight.row_granule
-        block = decode_rows(source, weight, range(start, min(start + weight.row_granule, weight.rows)), device)
-        return block[index - start]
+        return whole_granules(source, weight, range(index, index + 1), device)[0]
+
+
+def whole_granules(source: Source, weight: Weight, rows: range, device: str) -> Tensor:
+    """Some rows as float32, read with those that the weight's format does not let them apart from."""
+    first, last = (edge // weight.row_granule * weight.row_granule for edge in (rows.start, rows.stop + weight.row_granule - 1))
+    return decode_rows(source, weight, range(first, min(last, weight.rows)), device)[rows.start - first : rows.stop - first]
 
 
 def within(rows: range, shape: tuple[int, ...]) -> range:
