@@ -33,6 +33,9 @@ from edgeport.ties import INPUTS, ends, is_tied
 if TYPE_CHECKING:
     from edgeport.promotion import Promotion
 
+ASSET_BYTES = 9
+"""Memory that a byte of the files beside the weights takes where they have to be made: a GGUF's tokenizer, as objects."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -184,8 +187,9 @@ def make_plan(
     overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
+    made = 0
     if sink.folder:
-        check_assets(source)
+        made = made_assets(source)
         target = replace(target, output=through_links(target.output))
     check_output(target.output, sink.folder, overwrite)
     work = taken(work, sink)
@@ -196,6 +200,7 @@ def make_plan(
     files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
+    block_budget(limits, ASSET_BYTES * made)  # which are made before the blocks, and after
     allowed = block_budget(limits, fixed)
     pairs = zip(work, placed, strict=True)
     rule, hindrance = rule_for(method.rounding, method.seed, method.calibration is not None, source, limits)
@@ -207,7 +212,7 @@ def make_plan(
     scratch = scratch_bytes(steps, rule)
     check_disk(target.output, sum(file.size for file in files) + scratch + DISK_SLACK_BYTES)
     probing = decide(source, patches, steps, converter, limits, method.probe, method.calibration, config)
-    peak = max([step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []), default=0)
+    peak = max([ASSET_BYTES * made] + [step.peak_bytes for step in steps] + ([adapter.peak_bytes] if adapter else []))
     vram = max((step.vram_bytes for step in steps), default=0)
     return Plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
@@ -411,10 +416,10 @@ def check_writable(steps: Sequence[Step]) -> None:
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
 
 
-def check_assets(source: Source) -> None:
-    """Raises ConvertError where the source's tokenizer cannot be told in a folder's files."""
+def made_assets(source: Source) -> int:
+    """Bytes of the files that go with the weights and have to be made. Raises ConvertError where the tokenizer cannot be told."""
     with TemporaryDirectory() as staging:
-        source.assets(Path(staging))
+        return sum(path.stat().st_size for path in source.assets(Path(staging)).values() if path.is_relative_to(staging))
 
 
 def check_kept(steps: Sequence[Step]) -> None:

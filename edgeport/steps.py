@@ -113,7 +113,8 @@ def block_budget(limits: Limits, fixed: int) -> Allowed:
     least = IMPORT_BYTES + ALLOWANCE_BYTES + fixed
     if limits.ram is not None and limits.ram <= least:
         raise BudgetTooSmall(
-            f"--max-ram {in_words(limits.ram)} is too small: Python, torch and the output's header alone take {in_words(least)}"
+            f"--max-ram {in_words(limits.ram)} is too small: Python, torch, its header and tokenizer alone take "
+            f"{in_words(least)}"
         )
     if cuda and limits.vram is not None and limits.vram <= VRAM_FIXED_BYTES:
         raise BudgetTooSmall(

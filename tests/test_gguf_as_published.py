@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +187,43 @@ def test_another_quantization_does_not_boast_of_the_matrix(rewritten: Rewritten,
     kept = edgeport.export(model=found, output=tmp_path / "kept.gguf", to="gguf").output
     other = edgeport.export(model=found, output=tmp_path / "other.gguf", to="gguf", quant="Q8_0").output
     assert key in gguf.GGUFReader(kept).fields and key not in gguf.GGUFReader(other).fields
+
+
+WITHIN = """
+import json, sys
+import edgeport
+receipt = edgeport.export(model=sys.argv[1], output=sys.argv[2], to="hf")
+print(json.dumps([receipt.peak_above_import_bytes, receipt.predicted_peak_bytes]))
+"""
+
+
+def test_a_large_vocabulary_is_told_within_the_plan(tmp_path: Path) -> None:
+    """In a process of its own: 122,850 tokens and nearly as many merges, which as objects are larger than the model."""
+    letters = [chr(0x4E00 + place) for place in range(350)]
+    merges = [f"{first} {second}" for first in letters for second in letters]
+    tokens = [*letters, *(line.replace(" ", "") for line in merges)]
+    writer = gguf.GGUFWriter(tmp_path / "large.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    square = [f"blk.0.{part}.weight" for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")]
+    norms = ["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"]
+    shapes = {"token_embd.weight": (len(tokens), 32)} | dict.fromkeys(square, (32, 32)) | dict.fromkeys(norms, (32,))
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    argv = [sys.executable, "-c", WITHIN, str(tmp_path / "large.gguf"), str(tmp_path / "out")]
+    above, predicted = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    assert 0 < above <= predicted
+    model = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]
+    assert len(model["vocab"]) == len(tokens) and model["merges"][:2] == [[letters[0], letters[0]], [letters[0], letters[1]]]

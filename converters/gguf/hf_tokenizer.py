@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ def write_tokenizer(gguf_path: Path, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat templates of the GGUF at `gguf_path` into `folder`."""
     header = read_header(gguf_path)
     kv = {name: header.value(name) for name in header.kv if name.startswith("tokenizer.")}
-    for name, text in tokenizer_files(kv).items():
+    for name, pieces in tokenizer_files(kv).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
 
 
-def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
-    """File name to content, from GGUF metadata (name to value). Raises UnsupportedArchitecture, CorruptCheckpoint."""
+def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, Iterable[str]]:
+    """File name to content in pieces, from GGUF metadata (name to value). Raises UnsupportedArchitecture, CorruptCheckpoint."""
     ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in kv.items()}
     if "tokens" not in ggml:
         raise ConvertError("the GGUF holds no tokenizer: it has no tokenizer.ggml.tokens")
@@ -45,7 +47,7 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
     types = _listed(ggml, "token_type", int, len(texts)) if ggml.get("token_type") else [NORMAL] * len(texts)
     # Rows without a token are the embedding's, not the tokenizer's.
     tokens = {index: text for index, text in enumerate(texts) if types[index] != UNUSED}
-    shape = _bpe(ggml, tokens) if kind == "gpt2" else _spm(ggml, tokens, types)
+    sections, model = _bpe(ggml, tokens) if kind == "gpt2" else _spm(ggml, tokens, types)
     special = {name: tokens[ggml[key]] for name, key in _SPECIAL.items() if ggml.get(key) in tokens}
     added = [
         {
@@ -66,7 +68,7 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        **shape,
+        **sections,
         "post_processor": _post_processor(adds, {name: (special[name], ggml[_SPECIAL[name]]) for name in special}),
     }
     settings = {
@@ -75,16 +77,16 @@ def tokenizer_files(kv: Mapping[str, Any]) -> dict[str, str]:
         **{f"add_{name}_token": value for name, value in adds.items()},
         **{f"{name}_token": text for name, text in special.items()},
     }
-    files = {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False)}
-    files["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2)
+    files: dict[str, Iterable[str]] = {"tokenizer.json": _with_model(tokenizer, model)}
+    files["tokenizer_config.json"] = [json.dumps(settings, ensure_ascii=False, indent=2)]
     if "tokenizer.chat_template" in kv:
-        files["chat_template.jinja"] = _text(kv, "tokenizer.chat_template")
+        files["chat_template.jinja"] = [_text(kv, "tokenizer.chat_template")]
     for name in kv.get("tokenizer.chat_templates") or []:
         if not _TEMPLATE_NAME.fullmatch(name):
             raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, which cannot be a file's name")
         if f"tokenizer.chat_template.{name}" not in kv:
             raise CorruptCheckpoint(f"tokenizer.chat_templates names the template {name!r}, and there is none of that name")
-        files[f"additional_chat_templates/{name}.jinja"] = _text(kv, f"tokenizer.chat_template.{name}")
+        files[f"additional_chat_templates/{name}.jinja"] = [_text(kv, f"tokenizer.chat_template.{name}")]
     return files
 
 
@@ -116,24 +118,52 @@ def _adds(ggml: Mapping[str, Any], name: str) -> bool:
     return name == "bos" and (ggml["model"] == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "tekken"))
 
 
-def _bpe(ggml: Mapping[str, Any], tokens: Mapping[int, str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model of byte pairs. Lists of a hundred thousand are told a piece at a time, since as objects they outweigh a port."""
+
+    vocab: Mapping[str, int]
+    merges: Iterable[Sequence[str]]
+    settings: Mapping[str, Any]
+
+
+def _with_model(tokenizer: Mapping[str, Any], model: _Model) -> Iterator[str]:
+    """The tokenizer with its model, as JSON."""
+    plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    yield json.dumps(tokenizer, ensure_ascii=False)[:-1] + ', "model": '
+    yield json.dumps({"type": "BPE", **plain, **flags, **model.settings}, ensure_ascii=False)[:-1] + ', "vocab": {'
+    yield from _between_commas(f"{json.dumps(text, ensure_ascii=False)}: {index}" for text, index in model.vocab.items())
+    yield '}, "merges": ['
+    yield from _between_commas(json.dumps(pair, ensure_ascii=False) for pair in model.merges)
+    yield "]}}"
+
+
+def _between_commas(items: Iterable[str]) -> Iterator[str]:
+    for place, item in enumerate(items):
+        yield f", {item}" if place else item
+
+
+def _bpe(ggml: Mapping[str, Any], tokens: Mapping[int, str]) -> tuple[dict[str, Any], _Model]:
+    """How text is cut before and joined after, and the model."""
     if "pre" not in ggml or "merges" not in ggml:
         raise UnsupportedArchitecture("the GGUF does not say how its tokenizer cuts text (tokenizer.ggml.pre, merges)")
     pre = named(ggml["pre"])
-    merges = [line.split(" ") for line in _listed(ggml, "merges", str)]
-    if odd := next((pair for pair in merges if len(pair) != 2), None):
-        raise CorruptCheckpoint(f"tokenizer.ggml.merges of the GGUF holds {' '.join(odd)!r}, which is no pair")
+    merges = _listed(ggml, "merges", str)
+    if odd := next((line for line in merges if line.count(" ") != 1), None):
+        raise CorruptCheckpoint(f"tokenizer.ggml.merges of the GGUF holds {odd!r}, which is no pair")
     # Added tokens too: `tokenizers` gives those that are not in the vocabulary other ids, from its end on.
     words = {text: index for index, text in tokens.items()}
-    return {
+    sections = {
         "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
         "pre_tokenizer": pre.section(),
         "decoder": _BYTE_LEVEL,
-        "model": _model(words, merges, ignore_merges=pre.ignore_merges),
     }
+    return sections, _Model(words, (line.split(" ") for line in merges), {"ignore_merges": pre.ignore_merges})
 
 
-def _spm(ggml: Mapping[str, Any], tokens: Mapping[int, str], types: list[int]) -> dict[str, Any]:
+def _spm(ggml: Mapping[str, Any], tokens: Mapping[int, str], types: list[int]) -> tuple[dict[str, Any], _Model]:
+    """Likewise."""
     scores = _listed(ggml, "scores", (int, float), len(types))
     prefix = _flag(ggml, "add_space_prefix", True)
     unknown = tokens.get(ggml.get("unknown_token_id", 0))
@@ -142,30 +172,21 @@ def _spm(ggml: Mapping[str, Any], tokens: Mapping[int, str], types: list[int]) -
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    joined = {text: index for text, index in words.items() if types[index] not in (BYTE, CONTROL, UNKNOWN)}
-    return {
+    sections = {
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": _model(words, _merges(joined, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
+    joined = {text: index for text, index in words.items() if types[index] not in (BYTE, CONTROL, UNKNOWN)}
+    return sections, _Model(words, _merges(joined, scores), {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True})
 
 
-def _merges(words: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges(words: Mapping[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
     """Every way to make a piece of two, best piece first: what llama.cpp finds by score (see vocab_spm)."""
-    pairs = (
-        (-scores[index], index, at, text)
-        for text, index in words.items()
-        for at in range(1, len(text))
-        if text[:at] in words and text[at:] in words
-    )
-    return [(text[:at], text[at:]) for _, _, at, text in sorted(pairs)]
-
-
-def _model(vocab: Mapping[str, int], merges: Iterable[Any], **settings: Any) -> dict[str, Any]:
-    plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    return {"type": "BPE", **plain, **flags, **settings, "vocab": dict(vocab), "merges": list(merges)}
+    for text in sorted(sorted(words, key=words.__getitem__), key=lambda text: -scores[words[text]]):
+        for at in range(1, len(text)):
+            if text[:at] in words and text[at:] in words:
+                yield text[:at], text[at:]
 
 
 def _post_processor(adds: Mapping[str, bool], special: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
