@@ -223,6 +223,8 @@ def test_what_peft_saves_twice_is_one_change(tied: bool, tmp_path: Path) -> None
 
 SECOND: dict[str, dict[str, Any]] = {
     "whole values": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "factors": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 319]},
 }
 
 

@@ -52,10 +52,11 @@ class LowRank:
         down, up = factor(self.down).to(device), factor(self.up, self.arrangement).to(device)
 
         def apply(rows: range, matrix: Tensor) -> Tensor:
+            # zeros for rows that another patch adds, before the product: its last bit depends on the block's size
             if self.transposed:
-                delta = (up @ down[:, rows.start : rows.stop]).T
+                delta = (up @ padded(down.T[rows.start : rows.stop], rows).T).T
             else:
-                delta = up[rows.start : rows.stop] @ down
+                delta = padded(up[rows.start : rows.stop], rows) @ down
             return matrix + delta * self.scaling
 
         return apply
