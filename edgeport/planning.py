@@ -25,7 +25,7 @@ from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_out
 from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
-from edgeport.seams import Cautioned, Converter, Edit, FileLayout, Partial, Patch, Sink, Source, Target
+from edgeport.seams import Cautioned, Converter, Edit, FileLayout, LowRankEdit, Partial, Patch, Sink, Source, Target
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear
 from edgeport.tensor import Weight
 from edgeport.ties import INPUTS, ends, is_tied
@@ -298,10 +298,13 @@ def check_together(source: Source, edits: Mapping[str, Sequence[Edit]]) -> None:
 def head_edits(below: Sequence[Edit], own: Sequence[Edit]) -> Sequence[Edit]:
     """One patch's edits of a tied head, given those of the embedding and those that name the head itself.
 
-    A patch that was trained with both tied stores the same values under both names: the embedding's serve.
+    A patch that was trained with both tied stores the same values under both names: the embedding's serve. What it adds to
+    the head alone goes on top of what both share (PEFT's factors of a head over its trained rows).
     """
     shared = [edit for edit in below if edit.tied]
-    return shared if shared and all(edit.tied for edit in own) else own
+    if shared and all(edit.tied for edit in own):
+        return shared
+    return [*shared, *own] if all(isinstance(edit, LowRankEdit) for edit in own) else own
 
 
 def taken(work: list[Work], sink: Sink) -> list[Work]:

@@ -170,6 +170,7 @@ TIED: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "token rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+    "token rows under a head": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [0, 5, 7]},
 }
 
 
