@@ -201,7 +201,6 @@ def test_grown_vocabulary(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_peft_saves_twice_is_one_change(tied: bool, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tied=tied)
@@ -246,6 +245,22 @@ def test_a_patch_beside_one_that_grows_the_vocabulary(name: str, last: str, tmp_
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_scale_leaves_the_rows_of_new_tokens_whole(tmp_path: Path) -> None:
+    base, patch = save_base(tmp_path / "base"), tmp_path / "patch"
+    save_grown(base, patch, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    tuned = edgeport.port(patch=patch, new_base=base, output=tmp_path / "tuned").output
+    dense = edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "dense", full=True).output
+    start, whole = load(base).state_dict(), load(tuned).state_dict()
+    for given, old in ((patch, None), (patch, base), (dense, None)):
+        edgeport.port(patch=f"{given}:0.5", new_base=base, old_base=old, output=tmp_path / "half", overwrite=True)
+        for key, value in load(tmp_path / "half").state_dict().items():
+            rows = len(start[key])
+            torch.testing.assert_close(value[:rows], (start[key] + whole[key][:rows]) / 2, rtol=1e-5, atol=1e-5)
+            assert torch.equal(value[rows:], whole[key][rows:]), key
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_a_trained_row_beyond_the_old_vocabulary_stands_for_itself(tmp_path: Path) -> None:
     old = save_base(tmp_path / "old")
     grown = load(old)

@@ -63,7 +63,7 @@ class DensePatch:
         if weight.shape != before:
             raise ShapeMismatch(f"the patch is for {weight.name} of shape {list(before)}, and the base has {list(weight.shape)}")
         tied = bool(self.record.get("tied", not any(head in self.stored for head in HEADS.values())))
-        return Difference(weight.name, stored.shape, stored, self.scale, tied)
+        return Difference(weight.name, stored.shape, stored, weight.rows, self.scale, tied)
 
     def find(self, name: str, new: Source) -> Weight:
         if weight := find(name, new.weights):

@@ -69,11 +69,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A whole matrix that is added, in rows; beyond the base's own rows it stands for itself."""
+    """A whole matrix that is added, in rows; those that the base does not have are taken as they are, at any scale."""
 
     target: str
     shape: tuple[int, ...]
     value: Stored
+    base_rows: int
     scale: float
     tied: bool
     semantics: str = "delta"
@@ -88,8 +89,9 @@ class Difference:
 
     def load(self, device: str) -> Applied:
         def apply(rows: range, matrix: Tensor) -> Tensor:
-            own = within(rows, self.shape)
-            return matrix + padded(stored_rows(self.value, own, self.shape[-1]).to(device) * self.scale, rows)
+            value = own_rows(self.value, rows, self.shape).to(device)
+            base = min(len(within(rows, self.base_rows)), len(value))
+            return joined(matrix[:base] + value[:base] * self.scale, value[base:], matrix[len(value) :])
 
         return apply
 
@@ -108,11 +110,16 @@ class OfValues:
 
 @dataclass(frozen=True, slots=True)
 class Replace(OfValues):
-    """Whole values of a weight, in rows; as differences to `old` where that is known."""
+    """Whole values of a weight, in rows; as differences to `old` where that is known.
+
+    Of rows that the old base does not have, the way from the new base's to them is scaled; those that neither has are
+    taken as they are, at any scale.
+    """
 
     target: str
     shape: tuple[int, ...]
     value: Stored
+    base_rows: int
     scale: float
     old: tuple[Source, Weight] | None
     tied: bool
@@ -129,23 +136,23 @@ class Replace(OfValues):
 
     def load(self, device: str) -> Applied:
         def apply(rows: range, matrix: Tensor) -> Tensor:
-            own = within(rows, self.shape)
-            return over(self.changed(own, matrix[: len(own)], device), matrix)
+            value, before = own_rows(self.value, rows, self.shape).to(device), self.old_rows(rows, device)
+            base = min(len(within(rows, self.base_rows)), len(value))
+            common = min(len(before), base)
+            changed = matrix[:common] + (value[:common] - before[:common]) * self.scale
+            moved = value[common:base]
+            if self.scale != 1:
+                moved = matrix[common:base] + (moved - matrix[common:base]) * self.scale
+            return joined(changed, moved, value[base:], matrix[len(value) :])
 
         return apply
 
-    def changed(self, rows: range, matrix: Tensor, device: str) -> Tensor:
-        """Of rows that the value has."""
-        value = stored_rows(self.value, rows, self.shape[-1]).to(device)
-        before = self.old_rows(rows, device)
-        if before is None:
-            return value if self.scale == 1 else matrix + (value - matrix) * self.scale
-        common = len(before)
-        return over(matrix[:common] + (value[:common] - before) * self.scale, value)
+    def old_rows(self, rows: range, device: str) -> Tensor:
+        """Those of the rows that the old base has; none where it is not known."""
+        import torch
 
-    def old_rows(self, rows: range, device: str) -> Tensor | None:
         if self.old is None:
-            return None
+            return torch.empty(0, self.shape[-1], device=device)
         source, weight = self.old
         return whole_granules(source, weight, known(weight, rows), device)
 
@@ -199,17 +206,22 @@ def whole_granules(source: Source, weight: Weight, rows: range, device: str) -> 
     return decode_rows(source, weight, range(first, min(last, weight.rows)), device)[rows.start - first : rows.stop - first]
 
 
-def within(rows: range, shape: tuple[int, ...]) -> range:
-    """Those of the rows that a weight of that shape has: another patch may grow the vocabulary beyond."""
-    count = prod(shape[:-1])
+def within(rows: range, count: int) -> range:
+    """Those of the rows that are among the first `count`."""
     return range(min(rows.start, count), min(rows.stop, count))
 
 
-def over(first: Tensor, rest: Tensor) -> Tensor:
-    """`rest` with its first rows replaced."""
+def own_rows(stored: Stored, rows: range, shape: tuple[int, ...]) -> Tensor:
+    """Those of the rows that a matrix of that shape has: another patch may grow the vocabulary beyond it."""
+    return stored_rows(stored, within(rows, prod(shape[:-1])), shape[-1])
+
+
+def joined(*pieces: Tensor) -> Tensor:
+    """All pieces' rows, without a copy where only one has any."""
     import torch
 
-    return first if len(first) == len(rest) else torch.cat([first, rest[len(first) :]])
+    some = [piece for piece in pieces if len(piece)]
+    return some[0] if len(some) == 1 else torch.cat(pieces)
 
 
 def factor(stored: Stored, arrangement: Arrangement = AS_IS) -> Tensor:

@@ -184,7 +184,7 @@ class LoraPatch:
         # a head of the old size cannot stay beside a grown embedding
         tied = self.keeps_tie(weight) or (shape != weight.shape and not self.names_head)
         idle = tuple(one.name for one in others)
-        return Replace(weight.name, shape, stored, self.scale, self.before(weight, old), tied, idle)
+        return Replace(weight.name, shape, stored, weight.rows, self.scale, self.before(weight, old), tied, idle)
 
     def token_rows(self, module: str, stored: Stored, new: Source, old: Source | None) -> Edit:
         weight = self.find(f"{module}.weight", new)
