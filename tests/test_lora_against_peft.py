@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgeport
-from edgeport.errors import UnsupportedPatch
+from edgeport.errors import CorruptCheckpoint, UnsupportedPatch
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -297,6 +298,20 @@ def test_whole_values_that_would_undo_an_earlier_patch(tmp_path: Path) -> None:
         found = load(tmp_path / folder).state_dict()
         for key, value in found.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (256,)])
+def test_a_factor_that_is_no_matrix(shape: tuple[int, ...], tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    file = save_patch(base, tmp_path / "patch", target_modules=["q_proj"]) / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(file) | {name: torch.ones(shape)}, file, {"format": "pt"})
+    says = rf"has {re.escape(name)} of shape \[\d*\] where a matrix was expected; .*save it again"
+    with pytest.raises(CorruptCheckpoint, match=says):
+        edgeport.inspect(tmp_path / "patch")
+    for old in (None, base):
+        with pytest.raises(CorruptCheckpoint, match=says):
+            edgeport.port(patch=tmp_path / "patch", new_base=base, old_base=old, output=tmp_path / "out")
 
 
 def test_untouched_weights_are_byte_equal(tmp_path: Path, read_tensors: Callable[[Path], dict[str, bytes]]) -> None:

@@ -299,6 +299,11 @@ class LoraKind:
         for name, place in stored.items():
             if "F" not in place.dtype:
                 raise UnsupportedPatch(f"the patch tensor {name} is of type {place.dtype}, and not of floating point")
+            if (match := LOW_RANK.match(name)) and match["leaf"] != "bias" and len(place.shape) < 2:
+                raise CorruptCheckpoint(
+                    f"{file.name} has {name} of shape {list(place.shape)} where a matrix was expected; if it was saved from "
+                    "shards (DeepSpeed ZeRO-3, FSDP), save it again with the parameters gathered"
+                )
         return LoraPatch(path, config, stored, [file, path / CONFIG], scale, *recorded(path))
 
 
