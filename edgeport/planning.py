@@ -377,7 +377,10 @@ def adapted_config(source: Source, work: Sequence[Work]) -> dict[str, Any]:
         changes["tie_word_embeddings"] = False
     rows = {final_shape(origin, todo)[0] for name, origin, todo in work if model and name in (model.embedding, model.head)}
     if len(rows) > 1:
-        raise ShapeMismatch(f"embedding and head would have {' and '.join(map(str, sorted(rows)))} rows, where both need as many")
+        raise ShapeMismatch(
+            f"embedding and head would have {' and '.join(map(str, sorted(rows)))} rows, where both need as many; if the patch "
+            "has its new tokens in only one of them, give a new base that has them in both"
+        )
     text = source.config.get("text_config")
     told = (text if isinstance(text, dict) else source.config).get("vocab_size")
     if rows and not grows(work) and told not in (None, *rows):

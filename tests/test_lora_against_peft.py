@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgeport
-from edgeport.errors import CorruptCheckpoint, UnsupportedPatch
+from edgeport.errors import CorruptCheckpoint, ShapeMismatch, UnsupportedPatch
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -160,8 +160,8 @@ def test_two_patches_and_a_scale(tmp_path: Path) -> None:
         torch.testing.assert_close(value, (whole[key] + start[key]) / 2, rtol=1e-6, atol=1e-6)
 
 
-def logits(model: Any) -> torch.Tensor:
-    tokens = torch.arange(40).reshape(1, -1) * 7 % 320
+def logits(model: Any, *more: int) -> torch.Tensor:
+    tokens = torch.tensor([[*range(0, 280, 7), *more]])
     with torch.no_grad():
         return model.eval()(tokens).logits  # type: ignore[no-any-return]
 
@@ -227,6 +227,63 @@ SECOND: dict[str, dict[str, Any]] = {
     "factors": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 319]},
 }
+
+
+NEW_TOKENS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "rows": (False, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 320, 321, 322, 323, 324]}),
+    "factors": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "rows of both": (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 320, 321, 322, 323, 324]}),
+    "factors of both": (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+    "factors of each": (True, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "factors of the head": (True, {"target_modules": ["q_proj", "lm_head"]}),
+    "factors of the embedding": (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("name", NEW_TOKENS)
+def test_new_tokens_over_the_frozen_embedding(name: str, tmp_path: Path) -> None:
+    tied, options = NEW_TOKENS[name]
+    base, patch = save_base(tmp_path / "base", tied=tied), tmp_path / "patch"
+    expected = logits(save_grown(base, patch, **options), 3, 320, 324)
+    stored = load_file(patch / "adapter_model.safetensors")
+    for old in (None, base):
+        receipt = edgeport.port(patch=patch, new_base=base, old_base=old, output=tmp_path / "out", overwrite=True)
+        out = load(tmp_path / "out")
+        torch.testing.assert_close(logits(out, 3, 320, 324), expected, rtol=1e-5, atol=1e-4)
+        assert out.config.vocab_size == 325 and out.config.tie_word_embeddings is name.endswith("of both")
+        assert receipt.coverage["tensors"] == receipt.coverage["consumed"] == len(stored)
+    # what is not trained is the new base's own, and what it does not have the patch's
+    new = evolve(base, tmp_path / "new")
+    edgeport.port(patch=patch, new_base=new, output=tmp_path / "ported")
+    start, evolved, exact, ported = (
+        load(folder).get_input_embeddings().weight for folder in (base, new, tmp_path / "out", tmp_path / "ported")
+    )
+    change = exact[:320] - start
+    change[3] = exact[3] - evolved[3] if "rows" in name else change[3]
+    torch.testing.assert_close(ported[:320], evolved + change, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ported[320:], exact[320:])
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_scale_leaves_trained_rows_of_new_tokens_whole(tmp_path: Path) -> None:
+    base, patch = save_base(tmp_path / "base"), tmp_path / "patch"
+    trained = save_grown(base, patch, target_modules=["q_proj"], trainable_token_indices=[3, 321])
+    whole = trained.merge_and_unload().state_dict()["model.embed_tokens.weight"]
+    for old in (None, base):
+        edgeport.port(patch=f"{patch}:0.5", new_base=base, old_base=old, output=tmp_path / "half", overwrite=True)
+        found, start = (load(folder).get_input_embeddings().weight for folder in (tmp_path / "half", base))
+        torch.testing.assert_close(found[:320], (start + whole[:320]) / 2, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[320:], whole[320:])
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_new_tokens_of_the_head_alone(tmp_path: Path) -> None:
+    # PEFT saves the targeted matrix alone, and needs the resized base itself
+    base, patch = save_base(tmp_path / "base"), tmp_path / "patch"
+    save_grown(base, patch, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ShapeMismatch, match=r"would have 320 and 325 rows, .* give a new base that has them in both"):
+        edgeport.plan(patch=patch, new_base=base, output=tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

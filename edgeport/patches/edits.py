@@ -96,6 +96,36 @@ class Difference:
         return apply
 
 
+@dataclass(frozen=True, slots=True)
+class NewRows:
+    """The rows of a grown vocabulary, taken as they are; those that the base has stay its own."""
+
+    target: str
+    shape: tuple[int, ...]
+    value: Stored
+    base_rows: int
+    tied: bool = True
+    """Of a tied model both are one matrix, which grows as one."""
+    semantics: str = "delta"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value.name,)
+
+    @property
+    def held_bytes(self) -> int:
+        return 0  # its rows are read block by block
+
+    def load(self, device: str) -> Applied:
+        def apply(rows: range, matrix: Tensor) -> Tensor:
+            own = within(rows, self.shape[0])
+            base = len(within(own, self.base_rows))
+            value = stored_rows(self.value, own[base:], self.shape[1]).to(device)
+            return joined(matrix[:base], value, matrix[len(own) :])
+
+        return apply
+
+
 class OfValues:
     """What edits have in common that put the patch's own values in the place of the base's."""
 
@@ -159,20 +189,23 @@ class Replace(OfValues):
 
 @dataclass(frozen=True, slots=True)
 class ReplaceRows(OfValues):
-    """Single rows of an embedding or a head, by index; as differences to `old` where that is known."""
+    """Single rows of an embedding or a head, by index, as `Replace` does all."""
 
     target: str
     shape: tuple[int, ...]
     value: Stored
+    base_rows: int
     indices: tuple[int, ...]
     scale: float
     old: tuple[Source, Weight] | None
     tied: bool = True
     """PEFT gives the rows of a tied head the same values itself."""
+    idle: tuple[str, ...] = ()
+    """Names of the patch's tensors that say nothing beside the rows."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.value.name,)
+        return self.value.name, *self.idle
 
     @property
     def held_bytes(self) -> int:
@@ -187,7 +220,8 @@ class ReplaceRows(OfValues):
                 if index in rows:
                     here, before = matrix[index - rows.start], self.old_row(index, device)
                     change = value - (here if before is None else before)
-                    matrix[index - rows.start] = value if before is None and self.scale == 1 else here + change * self.scale
+                    whole = index >= self.base_rows or (before is None and self.scale == 1)
+                    matrix[index - rows.start] = value if whole else here + change * self.scale
             return matrix
 
         return apply

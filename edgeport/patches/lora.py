@@ -2,7 +2,8 @@
 
 PEFT's adapter also carries whole values that training replaced: biases, `modules_to_save`, resized embeddings and
 single rows (`trainable_token_indices`). With the old base at hand such a value becomes its difference to the old
-one; without it, the new base's value is replaced, as PEFT's own merge does.
+one; without it, the new base's value is replaced, as PEFT's own merge does. The frozen weight that PEFT saves under an
+embedding's or a head's factors or rows gives those of new tokens alone: all others are the new base's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
-from edgeport.patches.edits import LowRank, Replace, ReplaceRows
+from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
 from edgeport.patches.names import PEFT_PREFIX, find
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
-from edgeport.ties import is_end
+from edgeport.ties import ends, is_end, is_tied
 
 if TYPE_CHECKING:
     pass
@@ -46,7 +47,8 @@ LOW_RANK = re.compile(
     r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
-FROZEN = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
+FROZEN = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.weight$")
+"""The weight under an embedding's or a head's factors or rows: the old base's own, with more rows where tokens are new."""
 WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>weight|bias)$")
 REPLACED = re.compile(r"\.original_module\.(weight|bias)$")
 """With bias="all" PEFT also saves what `modules_to_save` has put out of use, untrained as it is."""
@@ -117,7 +119,7 @@ class LoraPatch:
         A tensor that no form takes is left for the plan to report.
         """
         halves: dict[tuple[str, bool], dict[str, Stored]] = {}
-        factored = {match["module"] for name in self.stored if (match := LOW_RANK.match(name))}
+        trained = {match["module"] for name in self.stored if (match := LOW_RANK.match(name) or TOKENS.match(name))}
         rows: dict[str, Stored] = {}
         frozen: dict[str, Stored] = {}
         whole: dict[str, list[Stored]] = {}
@@ -128,14 +130,15 @@ class LoraPatch:
                 halves.setdefault((match["module"], "embedding" in match["factor"]), {})[match["factor"][-1]] = stored
             elif match := TOKENS.match(name):
                 rows[match["module"]] = stored
-            elif (match := FROZEN.match(name)) and match["module"] in factored:
+            elif (match := FROZEN.match(name)) and match["module"] in trained:
                 frozen[match["module"]] = stored
             elif match := WHOLE.match(name):
                 whole.setdefault(f"{match['module']}.{match['leaf']}", []).append(stored)
+        yield from self.new_rows(frozen, new)
         for name, values in whole.items():
             yield self.whole(self.find(name, new), values, old)
         for module, stored in rows.items():
-            yield self.token_rows(module, stored, new, old)
+            yield self.token_rows(module, stored, frozen.get(module), new, old)
         for (module, embedding), pair in halves.items():
             if len(pair) < 2:
                 bare = module.removeprefix(PEFT_PREFIX)
@@ -155,16 +158,16 @@ class LoraPatch:
     def low_rank(
         self, module: str, embedding: bool, pair: Mapping[str, Stored], frozen: Stored | None, new: Source, old: Source | None
     ) -> Edit:
-        """`frozen`: the old base's weight, which PEFT saves beside the factors of an embedding or a head."""
         bare = module.removeprefix(PEFT_PREFIX)
         weight = self.find(f"{module}.weight", new)
         down, up = pair["A"], pair["B"]
         if len(down.shape) != 2 or len(up.shape) != 2 or len(weight.shape) != 2:
             raise UnsupportedPatch(f"{bare}: LoRA on a convolution or another tensor that is no matrix is not merged yet")
         transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+        final = self.resized(weight, frozen)
         (rank, inner), (outer, other) = down.shape, up.shape
         shape = (inner, outer) if transposed else (outer, inner)
-        if rank != other or shape != weight.shape:
+        if rank != other or shape != final:
             raise ShapeMismatch(
                 f"the patch was made for {bare} of shape {list(shape)}, with factors of rank {rank} and {other}; "
                 f"the base has {list(weight.shape)}"
@@ -172,21 +175,38 @@ class LoraPatch:
         self.before(weight, old)
         idle = (frozen.name,) if frozen else ()
         scaling, tied = self.scaling(bare, rank) * self.scale, self.keeps_tie(weight)
-        return LowRank(weight.name, weight.shape, down, up, scaling, transposed, tied, idle=idle)
+        return LowRank(weight.name, final, down, up, scaling, transposed, tied, idle=idle)
+
+    def resized(self, weight: Weight, stored: Stored | None) -> tuple[int, ...]:
+        """The shape that the weight takes from the patch's own, which may have a larger vocabulary. Raises ShapeMismatch."""
+        shape = stored.shape if stored else weight.shape
+        vocabulary = is_end(weight.name)
+        if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
+            raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
+        return shape
+
+    def new_rows(self, frozen: Mapping[str, Stored], new: Source) -> Iterable[Edit]:
+        """What resized matrices have beyond the base's; what stands under a tied base's head is its embedding."""
+        found = {}
+        model = ends(new.weights) if is_tied(new.weights, new.config) else None
+        for module, stored in frozen.items():
+            weight = self.find(f"{module}.weight", new)
+            if model and weight.name == model.head:
+                weight = new.weights[model.embedding]
+            if self.resized(weight, stored) != weight.shape:
+                found[weight.name] = NewRows(weight.name, stored.shape, stored, weight.rows)
+        return found.values()
 
     def whole(self, weight: Weight, values: Sequence[Stored], old: Source | None) -> Edit:
         """`values`: one matrix, which PEFT saves a second time, under the bare name, where a vocabulary has grown."""
         stored, *others = sorted(values, key=lambda one: ".modules_to_save." not in one.name)
-        shape = stored.shape
-        vocabulary = is_end(weight.name)
-        if shape != weight.shape and not (vocabulary and shape[1:] == weight.shape[1:] and shape[0] > weight.shape[0]):
-            raise ShapeMismatch(f"the patch has {weight.name} of shape {list(shape)}; the base has {list(weight.shape)}")
+        shape = self.resized(weight, stored)
         # a head of the old size cannot stay beside a grown embedding
         tied = self.keeps_tie(weight) or (shape != weight.shape and not self.names_head)
         idle = tuple(one.name for one in others)
         return Replace(weight.name, shape, stored, weight.rows, self.scale, self.before(weight, old), tied, idle)
 
-    def token_rows(self, module: str, stored: Stored, new: Source, old: Source | None) -> Edit:
+    def token_rows(self, module: str, stored: Stored, frozen: Stored | None, new: Source, old: Source | None) -> Edit:
         weight = self.find(f"{module}.weight", new)
         indices = self.token_indices(module)
         if stored.shape != (len(indices), weight.columns):
@@ -194,9 +214,11 @@ class LoraPatch:
                 f"{stored.name} has shape {list(stored.shape)}; {len(indices)} tokens of width {weight.columns} "
                 "were expected"
             )
-        if indices and max(indices) >= weight.rows:
-            raise ShapeMismatch(f"the patch trains token {max(indices)}; the base has {weight.rows} tokens")
-        return ReplaceRows(weight.name, weight.shape, stored, indices, self.scale, self.before(weight, old))
+        shape, idle = self.resized(weight, frozen), (frozen.name,) if frozen else ()
+        if indices and max(indices) >= shape[0]:
+            raise ShapeMismatch(f"the patch trains token {max(indices)}; the base has {shape[0]} tokens")
+        before = self.before(weight, old)
+        return ReplaceRows(weight.name, shape, stored, weight.rows, indices, self.scale, before, idle=idle)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
         given = self.config.get("trainable_token_indices")
