@@ -278,6 +278,15 @@ def test_a_scale_leaves_trained_rows_of_new_tokens_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_rows_of_new_tokens_replace_nothing(tmp_path: Path) -> None:
+    base, patch = save_base(tmp_path / "base", tied=True), tmp_path / "patch"
+    expected = logits(save_grown(base, patch, target_modules=["q_proj"], trainable_token_indices=[320, 324]), 320, 324)
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", semantics="delta")
+    assert not any("whole values" in note for note in receipt.notes)
+    torch.testing.assert_close(logits(load(tmp_path / "out"), 320, 324), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_new_tokens_of_the_head_alone(tmp_path: Path) -> None:
     # PEFT saves the targeted matrix alone, and needs the resized base itself
     base, patch = save_base(tmp_path / "base"), tmp_path / "patch"

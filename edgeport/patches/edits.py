@@ -126,20 +126,8 @@ class NewRows:
         return apply
 
 
-class OfValues:
-    """What edits have in common that put the patch's own values in the place of the base's."""
-
-    __slots__ = ()
-    value: Stored
-    old: tuple[Source, Weight] | None
-
-    @property
-    def semantics(self) -> str:
-        return "delta" if self.old else "operator"
-
-
 @dataclass(frozen=True, slots=True)
-class Replace(OfValues):
+class Replace:
     """Whole values of a weight, in rows; as differences to `old` where that is known.
 
     Of rows that the old base does not have, the way from the new base's to them is scaled; those that neither has are
@@ -155,6 +143,10 @@ class Replace(OfValues):
     tied: bool
     idle: tuple[str, ...] = ()
     """Names of the patch's tensors that say the same."""
+
+    @property
+    def semantics(self) -> str:
+        return "delta" if self.old else "operator"
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -188,7 +180,7 @@ class Replace(OfValues):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceRows(OfValues):
+class ReplaceRows:
     """Single rows of an embedding or a head, by index, as `Replace` does all."""
 
     target: str
@@ -202,6 +194,11 @@ class ReplaceRows(OfValues):
     """PEFT gives the rows of a tied head the same values itself."""
     idle: tuple[str, ...] = ()
     """Names of the patch's tensors that say nothing beside the rows."""
+
+    @property
+    def semantics(self) -> str:
+        """New tokens' rows take the place of nothing."""
+        return "delta" if self.old or all(index >= self.base_rows for index in self.indices) else "operator"
 
     @property
     def reads(self) -> tuple[str, ...]:
