@@ -21,7 +21,7 @@ from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, in_words
 from edgeport.pair import Both, matched
 from edgeport.patches import dense
 from edgeport.patches.lora import FILES
-from edgeport.patches.names import PEFT_PREFIX
+from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS
 from edgeport.places import DISK_SLACK_BYTES, check_disk, check_output, through_links
 from edgeport.registry import codec
 from edgeport.seams import Source
@@ -35,8 +35,6 @@ LEAST_WIDTH = 64
 DRAW_BYTES = 24
 """A random number that the range finder draws, with its temporaries."""
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_positions", "word_embeddings", "position_embeddings"}
-TURNED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Their linear layers are stored [in, out] (transformers' Conv1D)."""
 
 LORA, WHOLE, DIFFERENCE, NONE = "lora", "whole", "difference", "none"
 

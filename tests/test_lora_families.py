@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,24 @@ def test_a_tied_head_beside_the_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "table", save_embedding_layers=False)
     with pytest.raises(ConvertError, match="no place in a PEFT adapter of linear layers"):
         edgeport.plan(patch=tmp_path / "table", new_base=base, output=tmp_path / "beside", sidecar=True)
+
+
+# ---------------------------------------------------------------- layers that are stored turned
+
+
+@pytest.mark.parametrize("layers", [["attn.c_proj"], ["attn.c_proj", "lm_head"], ["c_attn", "c_fc", "c_proj", "lm_head"]])
+def test_which_layers_are_turned_is_told_by_the_layers(layers: list[str], tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", partial(gpt2, tie_word_embeddings=False))
+    assert_ported(base, tmp_path, target_modules=layers)
+    flag = json.loads((tmp_path / "patch" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    assert flag is ("lm_head" not in layers)
+
+
+def test_layers_of_no_known_model_are_turned_where_nothing_else_fits(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", partial(gpt2, tie_word_embeddings=False))
+    expected = logits(trained(base, tmp_path / "patch", target_modules=["c_attn", "lm_head"]))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "one of its own"}))
+    out = edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out").output
+    (out / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-4)

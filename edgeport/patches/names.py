@@ -10,6 +10,10 @@ from edgeport.ties import ends
 
 PEFT_PREFIX = "base_model.model."
 
+TURNED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+TURNED_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
+"""Linear layers that are stored [in, out] (transformers' Conv1D), by the model's type and their own names."""
+
 ENCODERS = ("albert", "beit", "bert", "deberta", "deit", "dinov2", "distilbert", "electra", "mpnet", "roberta", "vit")
 """What transformers' classes with a task call the encoder that another class is alone."""
 
