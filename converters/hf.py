@@ -24,7 +24,7 @@ from edgeport.errors import (
     about,
 )
 from edgeport.patches.lora_config import lora_config, spelled
-from edgeport.patches.names import PEFT_PREFIX
+from edgeport.patches.names import PEFT_PREFIX, is_turned
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
@@ -248,6 +248,8 @@ class FolderSink:
     def factors(self, weight: Weight, rank: int) -> Factors:
         if weight.name in HEADS or not weight.name.endswith(".weight"):
             raise ConvertError("a low-rank change of it has no place in a PEFT adapter of linear layers; leave off --sidecar")
+        if is_turned(weight.name.removesuffix(".weight"), self.source.config):
+            raise ConvertError("it is stored turned, as no layer of an adapter can be; leave off --sidecar or --residual")
         module = f"{PEFT_PREFIX}{weight.name.removesuffix('.weight')}"
         lay_out = codec("plain").layout
         down = lay_out(f"{module}.lora_A.weight", (rank, weight.columns), "F32")

@@ -263,3 +263,10 @@ def test_layers_of_no_known_model_are_turned_where_nothing_else_fits(tmp_path: P
     out = edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out").output
     (out / "config.json").write_text(json.dumps(config))
     torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_adapter_is_written_for_turned_layers(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", gpt2)
+    trained(base, tmp_path / "patch", target_modules=["attn.c_proj"])
+    with pytest.raises(ConvertError, match=r"c_proj\.weight: it is stored turned, .* leave off --sidecar"):
+        edgeport.plan(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out", sidecar=True)

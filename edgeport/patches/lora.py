@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
-from edgeport.patches.names import PEFT_PREFIX, TURNED_LAYERS, TURNED_MODELS, find
+from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS, find, is_turned
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
 from edgeport.ties import ends, is_end, is_tied
@@ -167,7 +167,7 @@ class LoraPatch:
         (rank, inner), (outer, other) = down.shape, up.shape
         # PEFT goes by the layer, and leaves in its config what it found of the last one
         if embedding or new.config.get("model_type") in TURNED_MODELS:
-            transposed = embedding or bare.rpartition(".")[2] in TURNED_LAYERS
+            transposed = embedding or is_turned(bare, new.config)
         else:
             square = inner == outer
             transposed = bool(self.config.get("fan_in_fan_out")) if square else final == (inner, outer)

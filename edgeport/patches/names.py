@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from typing import Any
 
 from edgeport.tensor import Weight
 from edgeport.ties import ends
@@ -53,6 +54,11 @@ SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
         (r"\.mlp\.fc2\.", r".output.dense."),
     ),
 )
+
+
+def is_turned(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether it is a linear layer that a model with that config.json stores turned."""
+    return config.get("model_type") in TURNED_MODELS and module.rpartition(".")[2] in TURNED_LAYERS
 
 
 def resolve(name: str, known: Container[str]) -> str | None:
