@@ -30,6 +30,7 @@ from edgeport.planning import adapted_config, collect_edits, final_shape, with_t
 from edgeport.probing import Job, read_text
 from edgeport.seams import Patch, Source
 from edgeport.virtual import Patched
+from edgeport.vocabulary import tokenizer_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,13 +106,14 @@ def models(job: Job) -> tuple[Source, Source]:
     patches = [open_patch_at(Path(path), scale) for path, scale in job.patches]
     exact = ported(source, patches, old)
     unpatched = {name: (origin, (), origin.shape) for name, (origin, _, _) in exact.edits.items()}
-    return Patched(source, unpatched, exact.config, patches), exact
+    return Patched(source, unpatched, exact.config, exact.tokenizer), exact
 
 
 def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
-    work = with_ties(source, collect_edits(source, patches, old))
+    found = collect_edits(source, patches, old)
+    work = with_ties(source, found)
     edits = {name: (origin, todo, final_shape(origin, todo)) for name, origin, todo in work}
-    return Patched(source, edits, adapted_config(source, work), patches)
+    return Patched(source, edits, adapted_config(source, work), tokenizer_files(source, patches, found))
 
 
 def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: Watch) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from edgeport.seams import Cautioned, Converter, Edit, FileLayout, LowRankEdit, 
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear
 from edgeport.tensor import Weight
 from edgeport.ties import INPUTS, ends, is_tied
+from edgeport.vocabulary import tokenizer_files
 
 if TYPE_CHECKING:
     from edgeport.promotion import Promotion
@@ -184,7 +185,7 @@ def make_plan(
     check_order(edits, patches)
     work = with_ties(source, {}) if method.sidecar else patched
     config = adapted_config(source, work)
-    overlay = {name: path for patch in patches if grows(work) for name, path in patch.assets().items()}
+    overlay = tokenizer_files(source, patches, {} if method.sidecar else edits)
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
     made = 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.blocks import decode_rows, known, padded
 from edgeport.registry import codec
-from edgeport.seams import Applied, Edit, Lined, Patch, Source
+from edgeport.seams import Applied, Edit, Lined, Source
 from edgeport.tensor import TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ class Patched:
         source: Source,
         edits: Mapping[str, tuple[Weight, Sequence[Edit], tuple[int, ...]]],
         config: Mapping[str, Any],
-        patches: Sequence[Patch] = (),
+        tokenizer: Mapping[str, Path] | None = None,
     ) -> None:
-        """`edits`: by weight name, the stored weight, what is done to it in order, and the shape that it then has."""
-        self.source, self.edits, self.config, self.patches = source, edits, config, patches
+        """`edits`: by weight name, the stored weight, what is done to it in order, and the shape that it then has.
+
+        `tokenizer`: files in the place of the source's.
+        """
+        self.source, self.edits, self.config, self.tokenizer = source, edits, config, tokenizer or {}
         self.path, self.container, self.files = source.path, source.container, source.files
         self.weights: Mapping[str, Weight] = {
             name: computed(name, origin, shape) if todo else origin.named(name) for name, (origin, todo, shape) in edits.items()
@@ -61,8 +64,7 @@ class Patched:
         return matrix
 
     def assets(self, staging: Path) -> Mapping[str, Path]:
-        own = {name: path for patch in self.patches for name, path in patch.assets().items()}
-        return {**self.source.assets(staging), **own}
+        return {**self.source.assets(staging), **self.tokenizer}
 
 
 def computed(name: str, origin: Weight, shape: tuple[int, ...]) -> Weight:
