@@ -113,7 +113,7 @@ def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
     found = collect_edits(source, patches, old)
     work = with_ties(source, found)
     edits = {name: (origin, todo, final_shape(origin, todo)) for name, origin, todo in work}
-    return Patched(source, edits, adapted_config(source, work), tokenizer_files(source, patches, found))
+    return Patched(source, edits, adapted_config(source, work), tokenizer_files(source, patches, found)[0])
 
 
 def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: Watch) -> dict[str, Any]:

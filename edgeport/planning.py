@@ -185,7 +185,7 @@ def make_plan(
     check_order(edits, patches)
     work = with_ties(source, {}) if method.sidecar else patched
     config = adapted_config(source, work)
-    overlay = tokenizer_files(source, patches, {} if method.sidecar else edits)
+    overlay, about_tokens = tokenizer_files(source, patches, {} if method.sidecar else edits)
     target = replace(target, config=config, assets=overlay)
     sink = converter.sink(source, target)
     made = 0
@@ -219,7 +219,8 @@ def make_plan(
         source=source, old=old, patches=tuple(patches), sink=sink, target=target, limits=limits, method=method,
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
-        notes=(*notes_on(work), *cautions(beside), *sink.notes, *notes_on_rounding(steps, rule, method, hindrance, probing)),
+        notes=(*notes_on(work), *about_tokens, *cautions(beside), *sink.notes,
+               *notes_on_rounding(steps, rule, method, hindrance, probing)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 

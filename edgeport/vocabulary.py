@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from edgeport.checkpoint import read_json
+from edgeport.errors import ConvertError, CorruptCheckpoint
+from edgeport.patches.edits import ReplaceRows
 from edgeport.patches.names import find
 from edgeport.seams import Edit, Patch, Source
+from edgeport.ties import is_end
+
+TOKENIZER = "tokenizer.json"
 
 
-def tokenizer_files(source: Source, patches: Sequence[Patch], edits: Mapping[str, list[list[Edit]]]) -> dict[str, Path]:
-    """The files that take the place of the source's own, by name. `edits`: by target, one list a patch."""
-    return {
-        name: path
-        for index, patch in enumerate(patches)
-        if grows(source, {target: parts[index] for target, parts in edits.items()})
-        for name, path in patch.assets().items()
-    }
+def tokenizer_files(
+    source: Source, patches: Sequence[Patch], edits: Mapping[str, list[list[Edit]]]
+) -> tuple[dict[str, Path], list[str]]:
+    """The files that take the place of the source's own, by name, and what there is to be said of those that do not.
+
+    `edits`: by target, one list a patch.
+    """
+
+    @cache
+    def known() -> tuple[bytes, Mapping[str, int]]:
+        with TemporaryDirectory() as staging, suppress(ConvertError):
+            return content(source.assets(Path(staging)))
+        return b"", {}
+
+    taken: dict[str, Path] = {}
+    notes = []
+    for index, patch in enumerate(patches):
+        files = patch.assets()
+        own = {target: parts[index] for target, parts in edits.items()}
+        if grows(source, own):
+            taken |= files
+        elif TOKENIZER in files:
+            text, theirs = content(files)
+            if text == known()[0] or not theirs or not (ours := known()[1]) or theirs == ours:
+                continue
+            if trained(own, set(theirs.values()) - set(ours.values())):
+                taken |= files
+            else:
+                other = sorted(dict(theirs.items() ^ ours.items()))
+                notes.append(
+                    f"the tokenizer beside {patch.path.name} has other tokens than the new base's ({', '.join(other[:3])}"
+                    f"{' ...' if len(other) > 3 else ''}), whose rows the patch does not train; the base's is kept, so copy the "
+                    "other into the output if it is meant"
+                )
+    return taken, notes
 
 
 def grows(source: Source, edits: Mapping[str, Sequence[Edit]]) -> bool:
@@ -24,3 +60,23 @@ def grows(source: Source, edits: Mapping[str, Sequence[Edit]]) -> bool:
     return any(
         edit.shape != weight.shape for name, todo in edits.items() for edit in todo if (weight := find(name, source.weights))
     )
+
+
+def trained(edits: Mapping[str, Sequence[Edit]], tokens: set[int]) -> bool:
+    """Whether one patch's edits change rows of the vocabulary that stand for any of these tokens."""
+    todo = [edit for name in edits if is_end(name) for edit in edits[name]]
+    return any(tokens.intersection(edit.indices if isinstance(edit, ReplaceRows) else range(edit.shape[0])) for edit in todo)
+
+
+def content(files: Mapping[str, Path]) -> tuple[bytes, Mapping[str, int]]:
+    """Of a tokenizer.json: its text, and the rows of its tokens, added ones among them; nothing where none can be read."""
+    if TOKENIZER not in files:
+        return b"", {}
+    # what else may stand there is for those to judge who use it
+    with suppress(CorruptCheckpoint, LookupError, TypeError, ValueError):
+        told = read_json(files[TOKENIZER])
+        listed = told["model"]["vocab"]
+        pairs = [*(listed.items() if isinstance(listed, dict) else ((piece[0], row) for row, piece in enumerate(listed)))]
+        pairs += [(added["content"], added["id"]) for added in told["added_tokens"]]
+        return files[TOKENIZER].read_bytes(), {str(text): int(row) for text, row in pairs}
+    return b"", {}

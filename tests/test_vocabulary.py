@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def grown(base: Path, folder: Path) -> Path:
     return folder
 
 
+def with_room(tiny_llama: TinyLlama) -> Path:
+    """A base whose embedding has more rows than its tokenizer has tokens, as Qwen's has."""
+    return tiny_llama(vocab=600)
+
+
 def pieces(folder: Path, text: str = OWN[0]) -> int:
     return len(AutoTokenizer.from_pretrained(folder).tokenize(text))
 
@@ -44,3 +50,48 @@ def test_the_tokenizer_of_the_patch_that_has_grown_is_taken(first: str, tiny_lla
     out = edgeport.port(patch=order, new_base=base, old_base=base, output=tmp_path / "out").output
     assert pieces(base) > pieces(out) == 1
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 322
+
+
+# ---------------------------------------------------------------- tokens in the rows that a base has to spare
+
+
+def padded(base: Path, folder: Path, **options: Any) -> Path:
+    """A patch whose new tokens take rows of the embedding for which the base has no tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = list(range(len(tokenizer), len(tokenizer) + tokenizer.add_tokens(OWN)))
+    save_patch(base, folder, **{"target_modules": ["q_proj"]} | (options or {"trainable_token_indices": rows}))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def plan_notes(base: Path, patch: Path, output: Path) -> str:
+    return "; ".join(edgeport.plan(patch=patch, new_base=base, old_base=base, output=output, probe=False).notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}], ids=["rows", "whole"])
+def test_tokens_whose_rows_are_trained_can_be_written(options: dict[str, Any], tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = with_room(tiny_llama)
+    patch = padded(base, tmp_path / "patch", **options)
+    out = edgeport.port(patch=patch, new_base=base, old_base=base, output=tmp_path / "out", to="hf").output
+    assert pieces(base) > pieces(out) == 1
+    first = edgeport.export(model=base, output=tmp_path / "base.gguf").output
+    again = edgeport.port(patch=patch, new_base=first, old_base=first, output=tmp_path / "again").output
+    assert pieces(again) == 1
+    assert "tokenizer" not in plan_notes(base, patch, tmp_path / "next")
+
+
+def test_tokens_that_are_not_trained_are_told_of(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = with_room(tiny_llama)
+    patch = padded(base, tmp_path / "patch", target_modules=["q_proj"])
+    out = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert "the tokenizer beside patch has other tokens than the new base's (</tool>, <tool>)" in "; ".join(out.notes)
+
+
+def test_a_tokenizer_that_is_only_written_otherwise_is_no_news(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = with_room(tiny_llama)
+    patch = save_patch(base, tmp_path / "patch", modules_to_save=["embed_tokens"])
+    told = json.loads((base / "tokenizer.json").read_text())
+    for text in (json.dumps(told), "{}", "no tokenizer"):
+        (patch / "tokenizer.json").write_text(text)
+        assert "tokenizer" not in plan_notes(base, patch, tmp_path / "out")
