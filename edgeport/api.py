@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 from edgeport import device as devices
 from edgeport.checkpoint import read_json
 from edgeport.errors import TargetMissing, UnknownName, WrongBase
+from edgeport.hub import called
 from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, manifest_of, verify_hashes
 from edgeport.memory import parse_bytes
@@ -277,7 +278,7 @@ def check_whole(source: Source, patches: Sequence[Patch]) -> None:
     adapter = (source.path if source.path.is_dir() else source.path.parent) / str(beside.get("path"))
     if all(patch.path.resolve() != adapter.resolve() for patch in patches):
         raise TargetMissing(
-            f"{source.path.name} has an adapter beside it that is part of it; port it with --patch {adapter}, and any other "
+            f"{called(source.path)} has an adapter beside it that is part of it; port it with --patch {adapter}, and any other "
             "patch after that (port --force takes the base without it)"
         )
 
@@ -287,8 +288,8 @@ def check_base(patch: Patch, old: Source) -> None:
     recorded = patch.facts.get("base_fingerprint")
     if recorded and recorded != fingerprint(old):
         raise WrongBase(
-            f"{patch.path.name} was made on a base with fingerprint {recorded}, and {old.path.name} has {fingerprint(old)}; "
-            "give the base it was made on, or --force"
+            f"{called(patch.path)} was made on a base with fingerprint {recorded}, and {called(old.path)} has "
+            f"{fingerprint(old)}; give the base it was made on, or --force"
         )
 
 

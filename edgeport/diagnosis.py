@@ -11,6 +11,7 @@ from edgeport.blocks import read_tensors, sampled
 from edgeport.drift import Item, Sums, compared
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.gate import REFUSED, UNKNOWN, WITHOUT_OLD, Verdict, judge, vocabulary_notes
+from edgeport.hub import called
 from edgeport.planning import collect_edits, final_shape, with_ties
 from edgeport.registry import codec
 from edgeport.run import compute
@@ -63,8 +64,8 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
     import torch
 
     def told(verdict: Verdict, weights: Mapping[str, Sums], kept: Mapping[str, float]) -> Diagnosis:
-        names = tuple(patch.path.name for patch in patches)
-        return Diagnosis(names, new.path.name, old.path.name if old else None, verdict, weights, kept)
+        names = tuple(called(patch.path) for patch in patches)
+        return Diagnosis(names, called(new.path), called(old.path) if old else None, verdict, weights, kept)
 
     try:
         work = with_ties(new, collect_edits(new, patches, old))

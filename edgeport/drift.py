@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.blocks import check_finite, decode_rows, ranges, sampled
 from edgeport.errors import ShapeMismatch, TargetMissing, about
+from edgeport.hub import called
 from edgeport.memory import trim_heap
 from edgeport.pair import Both, block_of
 from edgeport.patches.names import find
@@ -126,10 +127,10 @@ def in_old(name: str, weight: Weight, new: Source, old: Source) -> Weight:
     """The old base's weight of that name. Raises TargetMissing, ShapeMismatch."""
     before = find(name, old.weights)
     if before is None:
-        raise TargetMissing(f"{new.path.name} has it and {old.path.name} does not; they are not of one architecture")
+        raise TargetMissing(f"{called(new.path)} has it and {called(old.path)} does not; they are not of one architecture")
     if before.shape[1:] != weight.shape[1:] or (before.shape != weight.shape and not is_end(name)):
         raise ShapeMismatch(
-            f"it has shape {list(before.shape)} in {old.path.name} and {list(weight.shape)} in {new.path.name}; "
+            f"it has shape {list(before.shape)} in {called(old.path)} and {list(weight.shape)} in {called(new.path)}; "
             "both must be of the same architecture and size"
         )
     return before

@@ -31,6 +31,7 @@ from edgeport.extraction import (
     factor_layout,
     widest,
 )
+from edgeport.hub import called
 from edgeport.manifest import described, in_background, write_record
 from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.pair import Both, block_of, blocks
@@ -106,7 +107,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
                 check_budget(plan.limits)
             if not file.specs:
                 raise UnsupportedPatch(
-                    f"{plan.tuned.path.name} has the same weights as {plan.old.path.name}; there is nothing to extract"
+                    f"{called(plan.tuned.path)} has the same weights as {called(plan.old.path)}; there is nothing to extract"
                 )
             file.close(staging)
             write_companions(plan, facts, file, staging.folder)

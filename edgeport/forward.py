@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeport.blocks import Readable, decode_rows, ranges
 from edgeport.errors import CorruptCheckpoint, MissingTensor, UnsupportedArchitecture, about, need
+from edgeport.hub import called
 from edgeport.memory import trim_heap
 from edgeport.probing import FUSED
 from edgeport.seams import Executable, Scorer, Source
@@ -179,7 +180,7 @@ def check(source: Source, shapes: Mapping[str, tuple[int, ...]], ignored: list[s
     for names, what in ((absent, "it lacks"), (unused, "the model that its config describes has no place for")):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise MissingTensor(f"{source.path.name}: {what} {', '.join(names[:5])}{more}")
+            raise MissingTensor(f"{called(source.path)}: {what} {', '.join(names[:5])}{more}")
     for name, shape in shapes.items():
         stored = source.weights[name].shape
         if stored[name in padded :] != shape[name in padded :]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgeport.encoders import Encoder, encoder, shared, stored_names
 from edgeport.errors import CorruptCheckpoint, MissingTensor, NonFiniteResult, UnsupportedArchitecture, VerificationFailed
 from edgeport.forward import bind, build_class, meta_explained, read_whole
+from edgeport.hub import called
 from edgeport.memory import trim_heap
 from edgeport.seams import Encoding, Source
 from edgeport.tensor import Weight
@@ -63,7 +64,7 @@ def known_encoder(source: Source) -> Encoder:
     """Raises UnsupportedArchitecture for another kind of model."""
     found = encoder(source.config)
     if found is None:
-        raise UnsupportedArchitecture(f"{source.path.name} is no encoder, and its outputs cannot be compared with one's")
+        raise UnsupportedArchitecture(f"{called(source.path)} is no encoder, and its outputs cannot be compared with one's")
     return found
 
 
@@ -75,7 +76,7 @@ def outputs_of(source: Source, given: Mapping[str, Tensor]) -> Mapping[str, Tens
     found = source.outputs(given) if isinstance(source, Encoding) else streamed(source, given)
     for name, values in found.items():
         if not bool(values.isfinite().all()):
-            raise NonFiniteResult(f"{source.path.name} computes NaN or infinity in {name}; its weights are damaged")
+            raise NonFiniteResult(f"{called(source.path)} computes NaN or infinity in {name}; its weights are damaged")
     return found
 
 
@@ -109,7 +110,7 @@ def streamed(source: Source, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own(source: Source, stored: str | None, name: str, shape: tuple[int, ...]) -> Weight:
     """The weight of the model's parameter `name`. Raises MissingTensor, CorruptCheckpoint."""
     if stored is None:
-        raise MissingTensor(f"{source.path.name} lacks {name}, which its config describes")
+        raise MissingTensor(f"{called(source.path)} lacks {name}, which its config describes")
     weight = source.weights[stored]
     if weight.shape != tuple(shape):
         raise CorruptCheckpoint(f"{stored} has shape {list(weight.shape)} where config.json says {list(shape)}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
+from edgeport.hub import called, commit
 from edgeport.places import MANIFEST, entries, entries_of, manifest_path
 from edgeport.seams import Source
 
@@ -147,10 +148,16 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
+def named(path: Path) -> dict[str, str]:
+    """What a model or patch is called, and its commit where it is one of the hub's."""
+    revision = commit(path)
+    return {"name": called(path)} | ({"revision": revision} if revision else {})
+
+
 def described(models: Mapping[str, Source]) -> dict[str, Any]:
     """Name, fingerprint and hashes of models that went in, by their role."""
     return {
-        role: {"name": source.path.name, "fingerprint": fingerprint(source), "sha256": hashes(source.files)}
+        role: {**named(source.path), "fingerprint": fingerprint(source), "sha256": hashes(source.files)}
         for role, source in models.items()
     }
 

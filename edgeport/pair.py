@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.blocks import decode_rows, finite, known, padded, ranges
 from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, TargetMissing, about
+from edgeport.hub import called
 from edgeport.patches.names import find
 from edgeport.seams import Source
 from edgeport.steps import common_granule
@@ -50,14 +51,18 @@ def matched(old: Source, new: Source) -> list[Both]:
     for name, weight in after_all.items():
         before = find(name, before_all)
         if before is None:
-            raise TargetMissing(f"{new.path.name} has {name}, which {old.path.name} does not; they are not of one architecture")
+            raise TargetMissing(unlike(new, name, old))
         found[before.name] = paired(before.name, before, weight)
     for name, weight in before_all.items():
         if name in HEADS.values() and name not in found and (embedding := find(name, after_all)):
             found[name] = paired(name, weight, embedding)
         elif name not in found:
-            raise MissingTensor(f"{old.path.name} has {name}, which {new.path.name} does not; they are not of one architecture")
+            raise MissingTensor(unlike(old, name, new))
     return [found[name] for name in dict.fromkeys([*before_all, *found])]
+
+
+def unlike(one: Source, name: str, other: Source) -> str:
+    return f"{called(one.path)} has {name}, which {called(other.path)} does not; they are not of one architecture"
 
 
 def paired(name: str, old: Weight, new: Weight) -> Both:
@@ -85,5 +90,5 @@ def block_of(both: Both, old: Source, new: Source, rows: range) -> tuple[Tensor,
     before, after = decode_rows(old, both.old, known(both.old, rows)), decode_rows(new, both.new, rows)
     for source, values in ((old, before), (new, after)):
         if not finite(values):
-            raise NonFiniteResult(f"{source.path.name} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
+            raise NonFiniteResult(f"{called(source.path)} holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
     return padded(before, rows), after

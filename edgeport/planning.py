@@ -19,6 +19,7 @@ from edgeport.errors import (
     UnsupportedPatch,
     about,
 )
+from edgeport.hub import called
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES
 from edgeport.pace import seconds
 from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_output, through_links
@@ -254,8 +255,8 @@ def collect_edits(source: Source, patches: Sequence[Patch], old: Source | None) 
         left = sorted(set(patch.tensors) - consumed)
         if left:
             raise UnsupportedPatch(
-                f"{len(left)} of the {len(patch.tensors)} tensors in {patch.path.name} would not be merged: {', '.join(left[:8])}"
-                + (" ..." if len(left) > 8 else "")
+                f"{len(left)} of the {len(patch.tensors)} tensors in {called(patch.path)} would not be merged: "
+                f"{', '.join(left[:8])}{' ...' if len(left) > 8 else ''}"
             )
     return found
 
@@ -292,8 +293,8 @@ def check_together(source: Source, edits: Mapping[str, Sequence[Edit]]) -> None:
     alone = [name for name, todo in edits.items() if INPUTS.fullmatch(name) and not all(edit.tied for edit in todo)]
     if alone:
         raise UnsupportedPatch(
-            f"the patch changes {alone[0]} and not the head that {source.path.name} ties to it, and edgeport cannot store a head "
-            f"for a model of type {source.config.get('model_type')}; train both together (PEFT's ensure_weight_tying)"
+            f"the patch changes {alone[0]} and not the head that {called(source.path)} ties to it, and edgeport cannot store a "
+            f"head for a model of type {source.config.get('model_type')}; train both together (PEFT's ensure_weight_tying)"
         )
 
 
@@ -360,7 +361,7 @@ def check_order(edits: Mapping[str, list[list[Edit]]], patches: Sequence[Patch])
         for index, part in enumerate(parts):
             if any(parts[:index]) and any(edit.semantics == OPERATOR for edit in part):
                 raise UnsupportedPatch(
-                    f"{patches[index].path.name} holds whole values for {name}, which would undo what an earlier patch does; "
+                    f"{called(patches[index].path)} holds whole values for {name}, which would undo what an earlier patch does; "
                     "give --old-base, beside which they are changes, or that patch first"
                 )
 

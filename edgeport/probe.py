@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import CorruptCheckpoint, NonFiniteResult, NotACheckpoint, VerificationFailed, need
 from edgeport.forward import BLOCK_ELEMENTS, block_rows, scorer, stream
+from edgeport.hub import called
 from edgeport.seams import Executable, Scorer, Source
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def probe_tokens(source: Source, count: int = 256, text: str | None = None) -> T
     tokenizer = open_tokenizer(source)
     if tokenizer is None:
         raise NotACheckpoint(
-            f"{source.path.name} has no tokenizer.json to read the probe text with; "
+            f"{called(source.path)} has no tokenizer.json to read the probe text with; "
             "save one beside the model with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return torch.tensor([tokenizer.encode(packaged_text() if text is None else text).ids[:count]], dtype=torch.int64)
@@ -101,7 +102,7 @@ def open_tokenizer(source: Source) -> Tokenizer | None:
         try:
             tokenizer: Tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # tokenizers raises nothing narrower
-            raise CorruptCheckpoint(f"the tokenizer.json of {source.path.name} cannot be read ({error})") from error
+            raise CorruptCheckpoint(f"the tokenizer.json of {called(source.path)} cannot be read ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -232,7 +233,7 @@ def finite_states(model: Scorer, tokens: Tensor) -> Tensor:
     states = model.hidden(tokens)
     if not bool(states.isfinite().all()):
         raise NonFiniteResult(
-            f"{model.source.path.name} computes NaN or infinity on the probe text; its weights are damaged"
+            f"{called(model.source.path)} computes NaN or infinity on the probe text; its weights are damaged"
         )
     return states
 
@@ -253,7 +254,7 @@ def common_vocabulary(models: Sequence[Scorer]) -> int:
     # a missing tokenizer leaves open what the further rows are
     used = [max(tokenizer.get_vocab().values()) + 1 if tokenizer else max(sizes) for tokenizer in tokenizers]
     if max(used) > min(sizes):
-        names = [model.source.path.name for model in models]
+        names = [called(model.source.path) for model in models]
         others = "".join(f", {name} one of {size}" for name, size in zip(names[1:], sizes[1:], strict=True))
         raise VerificationFailed(
             f"{names[0]} has a vocabulary of {sizes[0]}{others}, and {max(used)} tokens may be in use; models are compared "

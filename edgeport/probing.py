@@ -22,6 +22,7 @@ from edgeport.errors import (
     NotACheckpoint,
     VerificationFailed,
 )
+from edgeport.hub import called
 from edgeport.memory import IMPORT_BYTES, MIB, in_words
 from edgeport.seams import Converter, Patch, Source
 
@@ -120,7 +121,7 @@ def hindered(source: Source, limits: Limits, need: int, work: str) -> EdgeportEr
             f"{in_words(limits.ram)}"
         )
     if source.container == "hf" and not (source.path / "tokenizer.json").is_file():
-        return NotACheckpoint(f"{source.path.name} has no tokenizer.json to read a text with")
+        return NotACheckpoint(f"{called(source.path)} has no tokenizer.json to read a text with")
     return None
 
 

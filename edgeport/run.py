@@ -19,7 +19,7 @@ from edgeport.errors import BudgetTooSmall, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
-from edgeport.manifest import Receipt, WeightFact, described, hashes, in_background, write_manifest
+from edgeport.manifest import Receipt, WeightFact, described, hashes, in_background, named, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.places import check_output
 from edgeport.planning import Plan
@@ -253,7 +253,7 @@ def describe_inputs(plan: Plan) -> dict[str, Any]:
     models = {"new_base": plan.source} | ({"old_base": plan.made_on} if plan.made_on else {})
     beside = {"imatrix": plan.target.imatrix, "calibration": plan.method.calibration}
     patches = [
-        {"name": patch.path.name, "kind": patch.kind, "scale": patch.scale, "sha256": hashes(patch.files)}
+        {**named(patch.path), "kind": patch.kind, "scale": patch.scale, "sha256": hashes(patch.files)}
         for patch in plan.patches
     ]
     files = {role: {"name": path.name, "sha256": hashes([path])} for role, path in beside.items() if path}

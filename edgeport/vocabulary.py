@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import ConvertError, CorruptCheckpoint
+from edgeport.hub import called
 from edgeport.patches.edits import ReplaceRows
 from edgeport.patches.names import find
 from edgeport.seams import Edit, Patch, Source
@@ -48,7 +49,7 @@ def tokenizer_files(
             else:
                 other = sorted(dict(theirs.items() ^ ours.items()))
                 notes.append(
-                    f"the tokenizer beside {patch.path.name} has other tokens than the new base's ({', '.join(other[:3])}"
+                    f"the tokenizer beside {called(patch.path)} has other tokens than the new base's ({', '.join(other[:3])}"
                     f"{' ...' if len(other) > 3 else ''}), whose rows the patch does not train; the base's is kept, so copy the "
                     "other into the output if it is meant"
                 )

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
 from bench.spoiling import HIDDEN, NORM, Q_WEIGHT, export, factors, model, patch, port, run, tokenizer, weights
+from edgeport.hub import called
 from edgeport.locate import MODEL_FILES, NOT_READ
 from edgeport.report import bar
 
@@ -383,14 +384,17 @@ def test_local_folders_port_without_a_network(tmp_path: Path) -> None:
     assert run(["verify", str(tmp_path / "out")]).code == 0
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 def cached(cache: Path, folder: Path, name: str, branch: str) -> None:
     """Move a folder into the hub's cache, as a download would have left it there."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder.mkdir(exist_ok=True)
     place = cache / f"models--{name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
-    (place / "refs" / branch).write_text(commit)
+    (place / "refs" / branch).write_text(COMMIT)
     (place / "snapshots").mkdir()
-    folder.rename(place / "snapshots" / commit)
+    folder.rename(place / "snapshots" / COMMIT)
 
 
 def test_hub_names_are_found_in_the_local_cache(tmp_path: Path) -> None:
@@ -401,6 +405,24 @@ def test_hub_names_are_found_in_the_local_cache(tmp_path: Path) -> None:
     argv = port(tmp_path, "org/tiny-base", "org/tiny-patch@v1.0:1.0", "--offline")
     ran(child(argv, before=NO_NETWORK, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="0"))
     assert content(tmp_path / "out") == content(tmp_path / "local")
+    inputs = json.loads((tmp_path / "out" / "edgeport.json").read_text())["inputs"]
+    assert {"name": "org/tiny-base", "revision": COMMIT}.items() <= inputs["new_base"].items()
+    assert {"name": "org/tiny-patch@v1.0", "revision": COMMIT}.items() <= inputs["patches"][0].items()
+    argv = ["diagnose", "--patch", "org/tiny-patch@v1.0", "--new-base", "org/tiny-base", "--offline", "--json"]
+    told = json.loads(ran(child(argv, HF_HUB_CACHE=str(cache))).stdout)
+    assert (told["new_base"], told["patches"]) == ("org/tiny-base", ["org/tiny-patch@v1.0"])
+    (tmp_path / "other").mkdir()
+    other = str(patch(tmp_path / "other", tensors=factors(module="self_attn.none_such")))
+    answer = child([*port(tmp_path, "org/tiny-base", other), "--overwrite", "--offline"], HF_HUB_CACHE=str(cache))
+    assert "which org/tiny-base does not have" in answer.stderr
+
+
+def test_a_folder_of_the_hub_s_cache_is_called_as_on_the_hub(tmp_path: Path) -> None:
+    cached(tmp_path, tmp_path / "base", "gpt2", "main")
+    folder = tmp_path / "models--gpt2" / "snapshots" / COMMIT
+    assert (called(folder), called(folder / "model.gguf"), called(tmp_path)) == ("gpt2", "model.gguf", tmp_path.name)
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("another commit")
+    assert called(folder) == f"gpt2@{COMMIT}"
 
 
 def test_nothing_is_downloaded_that_is_not_read() -> None:

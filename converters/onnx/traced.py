@@ -25,6 +25,7 @@ from edgeport.aside import ask, here
 from edgeport.codecs import nbits
 from edgeport.encoders import Encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, MissingExtra, MissingTensor, UnsupportedArchitecture, about, need
+from edgeport.hub import called
 from edgeport.registry import codec
 from edgeport.seams import FileLayout, Source, Target
 from edgeport.tensor import Weight
@@ -91,7 +92,7 @@ def traced(found: Encoder, source: Source) -> Traced:
         model = onnx.load(str(output), load_external_data=False)
     if absent := answer["absent"]:
         some = ", ".join(absent[:NAMED]) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
-        raise MissingTensor(f"{source.path.name} lacks {some}, which {found.architecture} computes with")
+        raise MissingTensor(f"{called(source.path)} lacks {some}, which {found.architecture} computes with")
     graph = Traced(model, str(answer["table"]))
     for name, dims in graph.dims().items():
         if source.weights[name].shape != dims:

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
+from edgeport.hub import called
 from edgeport.patches.edits import Difference
 from edgeport.patches.lora import RECORD, TOKENIZER_FILES
 from edgeport.patches.names import find
@@ -50,7 +51,7 @@ class DensePatch:
         """Rows of the old base's vocabulary, by the weight that has more of them now."""
         found = self.record.get("grown") or {}
         if not isinstance(found, dict) or not all(type(rows) is int for rows in found.values()):
-            raise CorruptCheckpoint(f"{RECORD} in {self.path.name} has a table of grown weights that holds no numbers of rows")
+            raise CorruptCheckpoint(f"{RECORD} in {called(self.path)} has a table of grown weights that holds no numbers of rows")
         return found
 
     def edits(self, new: Source, old: Source | None) -> Sequence[Edit]:
@@ -68,7 +69,7 @@ class DensePatch:
     def find(self, name: str, new: Source) -> Weight:
         if weight := find(name, new.weights):
             return weight
-        raise TargetMissing(f"the patch changes {name}, which {new.path.name} does not have; is it of the same architecture?")
+        raise TargetMissing(f"the patch changes {name}, which {called(new.path)} does not have; is it of the same architecture?")
 
     def assets(self) -> Mapping[str, Path]:
         return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
@@ -83,7 +84,7 @@ class DenseKind:
     def open(self, path: Path, scale: float) -> DensePatch:
         stored = open_checkpoint(path / FILE)
         if not stored:
-            raise CorruptCheckpoint(f"{FILE} in {path.name} holds no tensors")
+            raise CorruptCheckpoint(f"{FILE} in {called(path)} holds no tensors")
         for name, place in stored.items():
             if place.dtype not in ("F64", "F32", "F16", "BF16"):
                 raise UnsupportedPatch(f"the patch tensor {name} is of type {place.dtype}, and not of floating point")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, TargetMissing
+from edgeport.hub import called
 from edgeport.patches.edits import LowRank
 from edgeport.patches.names import find
 from edgeport.registry import converters
@@ -47,7 +48,7 @@ class GgufLora:
     def edit(self, pair: LowRankPair, new: Source) -> LowRank:
         if (weight := find(pair.target, new.weights)) is None:
             raise TargetMissing(
-                f"the patch changes {pair.target}, which {new.path.name} does not have; is it a model of {self.opened.arch}?"
+                f"the patch changes {pair.target}, which {called(new.path)} does not have; is it a model of {self.opened.arch}?"
             )
         down, up = pair.down.shape, pair.up.shape
         if len(down) != 2 or len(up) != 2 or 0 in down:

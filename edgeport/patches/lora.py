@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
+from edgeport.hub import called
 from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
 from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS, find, is_turned
 from edgeport.seams import Edit, Source
@@ -152,7 +153,7 @@ class LoraPatch:
             return weight
         made_on = self.config.get("base_model_name_or_path") or "the model that the patch was made on"
         raise TargetMissing(
-            f"the patch changes {bare}, which {new.path.name} does not have; is {made_on} of the same architecture?"
+            f"the patch changes {bare}, which {called(new.path)} does not have; is {made_on} of the same architecture?"
         )
 
     def low_rank(
@@ -302,7 +303,7 @@ def recorded(path: Path) -> tuple[str | None, bool]:
     record = read_json(path / RECORD)
     fingerprint = record.get("base_fingerprint")
     if not isinstance(fingerprint, str | None):
-        raise CorruptCheckpoint(f"{RECORD} in {path.name} has the base_fingerprint {fingerprint!r} where a text was expected")
+        raise CorruptCheckpoint(f"{RECORD} in {called(path)} has the base_fingerprint {fingerprint!r} where a text was expected")
     return fingerprint, bool(record.get("tied"))
 
 
