@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -446,6 +447,34 @@ def test_settings_of_which_no_graph_can_be_made(
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConvertError, match=says):
         edgeport.plan(new_base=tmp_path / "base", output=tmp_path / "out", to="onnx")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token_id": 2', "generation_config.json is not valid JSON"),
+        ("[1]", "generation_config.json holds list"),
+        ('{"eos_token_id": []}', "generation_config.json says eos_token_id [], where the number of a token was expected"),
+        ('{"eos_token_id": "x"}', "eos_token_id 'x'"),
+        ('{"eos_token_id": [2, null]}', "eos_token_id [2, None]"),
+        ('{"bos_token_id": [1]}', "bos_token_id [1]"),
+        ('{"pad_token_id": true}', "pad_token_id True"),
+    ],
+)
+def test_a_spoilt_generation_config_is_refused_at_once(text: str, message: str, families: Families, tmp_path: Path) -> None:
+    base = shutil.copytree(families("llama")[0], tmp_path / "base")
+    (base / "generation_config.json").write_text(text)
+    with pytest.raises(CorruptCheckpoint, match=re.escape(message)):
+        edgeport.plan(new_base=base, output=tmp_path / "out", to="onnx")
+
+
+def test_the_tokens_that_end_a_text(families: Families, tmp_path: Path) -> None:
+    base = shutil.copytree(families("llama")[0], tmp_path / "base")
+    for at, (text, ends) in enumerate({'{"eos_token_id": [7, 2]}': [7, 2], '{"eos_token_id": null}': 2, "{}": 2}.items()):
+        (base / "generation_config.json").write_text(text)
+        out = edgeport.export(model=base, output=tmp_path / f"out{at}", to="onnx").output
+        told = json.loads((out / "genai_config.json").read_text())["model"]
+        assert (told["eos_token_id"], told["bos_token_id"], told["pad_token_id"]) == (ends, 1, 7 if at == 0 else 2)
 
 
 def test_generation_through_onnxruntime_genai(tiny_llama: TinyLlama, tmp_path: Path) -> None:

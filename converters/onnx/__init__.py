@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from converters.onnx import genai, traced
@@ -21,6 +22,7 @@ from converters.onnx.graph import Graph
 from converters.onnx.installed import check_operators
 from converters.onnx.portable import Portable
 from converters.onnx.precisions import PRECISIONS, Settings, settings
+from edgeport.checkpoint import read_json
 from edgeport.codecs import nbits
 from edgeport.encoders import encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, about
@@ -40,6 +42,8 @@ class OnnxSink:
     target: Target
     decoder: Decoder
     settings: Settings
+    tokens: Mapping[str, Any]
+    """The special tokens, as `genai.tokens` gives them."""
     folder: bool = True
     importance: Mapping[str, Tensor] | None = None
     notes: Sequence[str] = ()
@@ -61,13 +65,15 @@ class OnnxSink:
     def finish(self, staging: Path) -> None:
         """Copy tokenizer files verbatim; write what config.json and genai_config.json have to say of this output."""
         config = companions(self.source, self.target, staging)
-        described = genai.config(config, generation(staging), self.decoder, self.settings, MODEL)
+        described = genai.config(config, self.tokens, self.decoder, self.settings, MODEL)
         (staging / "genai_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-def generation(folder: Path) -> Mapping[str, Any]:
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+def generation(source: Source, target: Target) -> Mapping[str, Any]:
+    """generation_config.json, where there is one. Raises CorruptCheckpoint."""
+    with TemporaryDirectory() as staging:
+        path = {**source.assets(Path(staging)), **target.assets}.get("generation_config.json")
+        return read_json(path) if path else {}
 
 
 def placed(weight: Weight, decoder: Decoder, settings: Settings) -> Weight:
@@ -129,7 +135,8 @@ class Onnx:
         if found := encoder(target.config):
             return traced.sink(found, source, target, chosen)
         decoder = family(target.config).decoder(target.config)
-        return OnnxSink(source, target, decoder, chosen, importance=importance(source, target, chosen))
+        tokens = genai.tokens(target.config, generation(source, target))
+        return OnnxSink(source, target, decoder, chosen, tokens, importance=importance(source, target, chosen))
 
 
 converter = Onnx()

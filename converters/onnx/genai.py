@@ -11,6 +11,7 @@ from typing import Any
 from converters.onnx.decoder import IDS, LOGITS, MASK, PAST, PRESENT
 from converters.onnx.families import Decoder
 from converters.onnx.precisions import Settings
+from edgeport.errors import CorruptCheckpoint
 
 SEARCH = {
     "diversity_penalty": 0.0, "do_sample": False, "early_stopping": True, "length_penalty": 1.0, "min_length": 0,
@@ -19,18 +20,31 @@ SEARCH = {
 }  # fmt: skip
 
 
+def tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of the special tokens; several may end a text.
+
+    `model`: config.json; `generation`: generation_config.json, which goes first where both name a token.
+    Raises CorruptCheckpoint for what is no number.
+    """
+    found: dict[str, Any] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name, told in (("generation_config.json", generation), ("config.json", model)):
+            if key in found or (value := told.get(key)) is None:
+                continue
+            listed = value if key == "eos_token_id" and isinstance(value, list) else [value]
+            if not listed or not all(type(token) is int for token in listed):
+                raise CorruptCheckpoint(f"{name} says {key} {value!r}, where the number of a token was expected")
+            found[key] = value
+    ends = found.get("eos_token_id", 0)
+    found.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+    return found
+
+
 def config(
-    model: Mapping[str, Any], generation: Mapping[str, Any], decoder: Decoder, settings: Settings, file: str
+    model: Mapping[str, Any], tokens: Mapping[str, Any], decoder: Decoder, settings: Settings, file: str
 ) -> dict[str, Any]:
-    """`model`: config.json; `generation`: generation_config.json, which goes first where both name a token."""
-    tokens = {
-        f"{name}_token_id": value
-        for name in ("bos", "eos", "pad")
-        if (value := generation.get(f"{name}_token_id", model.get(f"{name}_token_id"))) is not None
-    }
+    """`model`: config.json."""
     states = ("key", "value")
-    ends = tokens.get("eos_token_id", 0)
-    tokens.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
     return {
         "model": {
             **tokens,
