@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_what_a_folder_cannot_say_is_refused(keys: dict[str, Any], message: str,
 def test_settings_that_are_not_of_these_tensors(keys: dict[str, Any], message: str, rewritten: Rewritten) -> None:
     with pytest.raises(SourceError, match=message):
         _ = open_model(rewritten(keys)).weights
+
+
+@pytest.mark.parametrize(("keys", "ends"), [
+    ({"eot": 5}, [2, 5]), ({"eot": 5, "eom": 6}, [2, 5, 6]), ({"eot": 2, "eom": 7}, [2, 7]), ({"eot": 2}, 2), ({}, 2),
+])  # fmt: skip
+def test_generation_stops_where_llama_cpp_stops(keys: dict[str, int], ends: Any, rewritten: Rewritten, tmp_path: Path) -> None:
+    found = rewritten({f"tokenizer.ggml.{name}_token_id": (token, INTEGER) for name, token in keys.items()})
+    llm = llama_cpp.Llama(str(found), vocab_only=True, verbose=False)
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    stops = [token for token in range(320) if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
+    llm.close()
+    assert stops == (ends if isinstance(ends, list) else [ends])
+    folder, graph = (edgeport.export(model=found, output=tmp_path / to, to=to).output for to in ("hf", "onnx"))
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == ends
+    assert json.loads((graph / "genai_config.json").read_text())["model"]["eos_token_id"] == ends
 
 
 COUNT, HEADS = "llama.block_count", "llama.attention.head_count"

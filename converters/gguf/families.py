@@ -48,6 +48,10 @@ KNOWN_SCALING = ("type", "factor", "finetuned", "original_context_length", "yarn
 llama.cpp does not read yarn's betas for any family here, whatever a GGUF says of them: the folder has none, which means 32 and 1
 there as well.
 """
+TOKENS = {
+    name: f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id" for name in ("bos", "eos", "eot", "eom", "pad")
+}
+"""Where a GGUF keeps the numbers of special tokens."""
 YARN_CONTEXT = "rope.scaling.original_context_length"
 
 # transformers' names of the tensors of all families; gguf-py's map says which of them an architecture has.
@@ -169,9 +173,11 @@ class Family:
                 config["rope_scaling"]["original_max_position_embeddings"] = index(under[YARN_CONTEXT])
         elif scaling != "none":
             raise UnsupportedArchitecture(f"rope scaling {scaling!r} of the GGUF has no counterpart here")
-        for name in ("bos", "eos", "pad"):
-            key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
-            config[f"{name}_token_id"] = index(metadata[key]) if key in metadata else None
+        ids = {name: index(metadata[key]) for name, key in TOKENS.items() if key in metadata}
+        config |= {f"{name}_token_id": ids.get(name) for name in ("bos", "pad")}
+        # llama.cpp stops at each of these; transformers' own folders of such models have a list (Llama 3 Instruct's)
+        ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+        config["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         return config
 
     def biases(self, gguf_names: Container[str]) -> dict[str, bool]:
