@@ -317,6 +317,17 @@ def test_what_is_put_around_a_text(text: list[str], tmp_path: Path) -> None:
             metadata_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3", "tekken", "gpt-2", "smollm", "qwen2"])
+def test_a_file_that_does_not_say_what_opens_a_text(name: str, text: list[str], tmp_path: Path) -> None:
+    save(tmp_path, byte_level(text, name), bos_token="<|begin|>", eos_token="<|end|>")
+    key, back = "tokenizer.ggml.add_bos_token", tmp_path / "back"
+    metadata = {**tokenizer_metadata(assets(tmp_path), {}), "tokenizer.ggml.pre": (gguf.GGUFValueType.STRING, name)}
+    found = write_gguf(tmp_path / "v.gguf", {told: value for told, value in metadata.items() if told != key})
+    back.mkdir()
+    write_tokenizer(found, back)
+    assert AutoTokenizer.from_pretrained(back)("a b").input_ids == llama_cpp_of(found)("a b")
+
+
 def test_chat_template_files_come_first(text: list[str], tmp_path: Path) -> None:
     save(tmp_path, byte_level(text, "gpt-2"), eos_token="<|end|>", chat_template="old")
     (tmp_path / "chat_template.jinja").write_text("new")

@@ -115,7 +115,7 @@ def _text(kv: Mapping[str, Any], key: str) -> str:
 
 def _adds(ggml: Mapping[str, Any], name: str) -> bool:
     """What llama.cpp does where the file does not say."""
-    return name == "bos" and (ggml["model"] == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "tekken"))
+    return name == "bos" and (ggml["model"] == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "llama-v3", "tekken"))
 
 
 @dataclass(frozen=True, slots=True)
