@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,11 @@ import edgeport
 from bench.bad_input import run
 from converters.onnx.installed import unknown
 from converters.rotary import frequencies, rotary_settings
+from edgeport.blocks import decode_rows
 from edgeport.errors import ConvertError, CorruptCheckpoint, EdgeportError, NotACheckpoint, UnknownName
+from edgeport.locate import open_model
 from edgeport.runtime import Runner
+from edgeport.tensor import EMBEDDING, HEAD, Weight
 from tests.conftest import saved_once
 
 if TYPE_CHECKING:
@@ -262,6 +265,34 @@ def test_a_tied_embedding_is_stored_once(families: Families, tmp_path: Path) -> 
         # each initializer begins on a page of its own
         pages = 4096 * len(onnx.load(tmp_path / quant / "model.onnx", load_external_data=False).graph.initializer)
         assert numbers <= receipt.files["model.onnx.data"] <= numbers + pages
+
+
+def test_a_tied_embedding_has_the_type_of_the_head(families: Families, tmp_path: Path) -> None:
+    job: dict[str, Any] = {"model": families("qwen2")[0], "to": "onnx", "quant": "int4", "token_embedding_type": "int8"}
+    with pytest.raises(ConvertError, match=r"both are to be int4; leave off .* or give --output-tensor-type int8 for both"):
+        edgeport.export(output=tmp_path / "out", **job)
+    both = edgeport.export(output=tmp_path / "both", output_tensor_type="int8", **job).output
+    assert bits_of(open_model(both).weights) == {EMBEDDING: 8}
+
+
+def test_a_head_that_is_stored_is_its_own_whatever_config_says(families: Families, tmp_path: Path) -> None:
+    folder, model = families("qwen2")
+    base = shutil.copytree(folder, tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    save_file({**stored, HEAD: stored[EMBEDDING].clone()}, base / "model.safetensors", {"format": "pt"})
+    options = {"quant": "int4", "token_embedding_type": "int8", "portable": True}
+    out = edgeport.export(model=base, output=tmp_path / "out", to="onnx", **options).output
+    weights = open_model(out).weights
+    assert bits_of(weights) == {EMBEDDING: 8, HEAD: 4}
+    source = open_model(out)
+    numbers = {name: decode_rows(source, weight, range(weight.rows)).reshape(weight.shape) for name, weight in weights.items()}
+    untied = deepcopy(model)
+    untied.lm_head.weight = torch.nn.Parameter(numbers[HEAD])
+    assert error(found(out), expected(untied, {name: values for name, values in numbers.items() if name != HEAD})) < 2e-6
+
+
+def bits_of(weights: Mapping[str, Weight]) -> dict[str, int]:
+    return {name: weights[name].parameters.bits for name in (EMBEDDING, HEAD) if name in weights}  # type: ignore[attr-defined]
 
 
 def test_an_output_is_whole_and_the_same_every_time(tiny_llama: TinyLlama, tmp_path: Path) -> None:

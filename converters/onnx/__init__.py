@@ -28,7 +28,7 @@ from edgeport.encoders import encoder
 from edgeport.errors import ConvertError, CorruptCheckpoint, about
 from edgeport.registry import codec
 from edgeport.seams import FileLayout, Source, Target
-from edgeport.tensor import HEAD, Arrangement, Weight, is_buffer
+from edgeport.tensor import Arrangement, Weight, is_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def described(decoder: Decoder, settings: Settings, weights: Mapping[str, Weight
     """The graph that computes with these weights. Raises MissingTensor."""
     graph = Graph()
     operators = (Portable if settings.portable else Fused)(graph, decoder, weights, settings.kind)
-    write(graph, replace(decoder, tied=HEAD not in weights and decoder.tied), operators)
+    write(graph, decoder, operators)
     return graph
 
 
@@ -134,7 +134,12 @@ class Onnx:
         chosen = settings(target, source)
         if found := encoder(target.config):
             return traced.sink(found, source, target, chosen)
-        decoder = family(target.config).decoder(target.config)
+        decoder = family(target.config).decoder(target.config).given(source.weights)
+        if target.token_embedding_type and decoder.tied and chosen.embedding != chosen.head:
+            raise ConvertError(
+                f"the head of this model is its embedding, and both are to be {chosen.head}; leave off --token-embedding-type, "
+                f"or give --output-tensor-type {chosen.embedding} for both"
+            )
         tokens = genai.tokens(target.config, generation(source, target))
         return OnnxSink(source, target, decoder, chosen, tokens, importance=importance(source, target, chosen))
 

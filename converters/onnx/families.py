@@ -6,8 +6,8 @@ A setting that the graph would not follow is refused, not dropped. Source: trans
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from converters.rotary import frequencies, rotary_settings
@@ -47,6 +47,10 @@ class Decoder(Shapes):
     norm_shift: float
     """What is added to the stored weight of a norm."""
     tied: bool
+
+    def given(self, names: Container[str]) -> Decoder:
+        """With the weights of these names: a head that is stored is one of its own, whatever config.json says."""
+        return replace(self, tied=self.tied and HEAD not in names)
 
     def has_bias(self, module: str) -> bool:
         """Of a linear layer by its full name."""

@@ -87,8 +87,8 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
     places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer}
     if TRACED in told:
         return open_traced(path, config, model, told)
-    decoder = family(config).decoder(config)
-    names = [name for name in decoder.names() if name != HEAD or HEAD in places or not decoder.tied]
+    decoder = family(config).decoder(config).given(places)
+    names = [name for name in decoder.names() if name != HEAD or not decoder.tied]
     try:
         settings = read_settings(about)
         weights = {name: placed(blank(name, decoder.shape(name)), decoder, settings) for name in names}
