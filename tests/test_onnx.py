@@ -193,6 +193,18 @@ def test_a_scaling_that_was_added_later_takes_the_place_of_all_rotary_settings(f
     assert error(found(tmp_path / "out"), expected(model)) < 2e-6
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma2", "qwen2", "qwen3"])
+def test_layer_types_count_where_transformers_reads_them(name: str, families: Families, tmp_path: Path) -> None:
+    base = shutil.copytree(families(name)[0], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    told = {"layer_types": kinds, "sliding_window": 4, "use_sliding_window": True}
+    (base / "config.json").write_text(json.dumps(config | told))
+    edgeport.export(model=base, output=tmp_path / "out", to="onnx", quant="fp32")
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    assert error(found(tmp_path / "out"), expected(model)) < 2e-6
+
+
 # options, bits, and how far from the logits of the file's own numbers: float32's rounding, but where fused products
 # round activations to 8 bits
 PRECISIONS: dict[str, tuple[dict[str, Any], int, float]] = {

@@ -82,8 +82,10 @@ class Family:
     mlp_bias: bool = False
     query_key_norm: bool = False
     sandwich: bool = False
+    layer_types: bool = False
+    """Whether config.json's layer_types is followed."""
     windows: Callable[[Config, int], bool] = lambda config, layer: False
-    """Whether a layer's attention is cut off at sliding_window, where config.json has no layer_types."""
+    """Whether a layer's attention is cut off at sliding_window, where no layer_types say."""
     defaults: tuple[tuple[str, Any], ...] = ()
     """What config.json may leave out."""
 
@@ -122,7 +124,7 @@ class Family:
             ) from error
 
     def window(self, config: Config, layer: int) -> int:
-        kinds = config.get("layer_types")
+        kinds = config.get("layer_types") if self.layer_types else None
         sliding = kinds[layer] == "sliding_attention" if kinds else self.windows(config, layer)
         return int(config.get("sliding_window", 0)) if sliding else 0
 
@@ -136,8 +138,8 @@ class Family:
         key = "hidden_activation" if self.sandwich else "hidden_act"
         if config.get(key, self.activation) != self.activation:
             refused.append(f"{key} {config[key]!r}")
-        kinds = config.get("layer_types") or ["full_attention"] * layers
-        if len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        kinds = config.get("layer_types") if self.layer_types else None
+        if kinds and (len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}):
             refused.append("layer_types")
         refused += ["use_bidirectional_attention"] if config.get("use_bidirectional_attention") else []
         if refused:
@@ -152,17 +154,19 @@ _QWEN = (("max_position_embeddings", 32768), ("rms_norm_eps", 1e-6))
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", attention_bias=True, mlp_bias=True,
            defaults=(("max_position_embeddings", 2048), ("rms_norm_eps", 1e-6))),
-    Family("mistral", "MistralForCausalLM", windows=lambda config, layer: True,
+    # transformers' AutoConfig takes a Mistral with layer_types for a Ministral, which reads them
+    Family("mistral", "MistralForCausalLM", layer_types=True, windows=lambda config, layer: True,
            defaults=(("max_position_embeddings", 131072), ("rms_norm_eps", 1e-6), ("num_key_value_heads", 8),
                      ("sliding_window", 4096))),
-    Family("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh", sandwich=True, attention_bias=True,
+    Family("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh", sandwich=True, attention_bias=True, layer_types=True,
            windows=lambda config, layer: layer % 2 == 0,
            defaults=(("max_position_embeddings", 8192), ("rms_norm_eps", 1e-6), ("head_dim", 256),
                      ("num_key_value_heads", 4), ("query_pre_attn_scalar", 256), ("sliding_window", 4096),
                      ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))),
-    Family("qwen2", "Qwen2ForCausalLM", always_biased=QUERY_KEY_VALUE, windows=_beyond_max_window_layers, defaults=_QWEN),
-    Family("qwen3", "Qwen3ForCausalLM", attention_bias=True, query_key_norm=True, windows=_beyond_max_window_layers,
-           defaults=(*_QWEN, ("head_dim", 128))),
+    Family("qwen2", "Qwen2ForCausalLM", always_biased=QUERY_KEY_VALUE, layer_types=True, windows=_beyond_max_window_layers,
+           defaults=_QWEN),
+    Family("qwen3", "Qwen3ForCausalLM", attention_bias=True, query_key_norm=True, layer_types=True,
+           windows=_beyond_max_window_layers, defaults=(*_QWEN, ("head_dim", 128))),
 )  # fmt: skip
 
 
