@@ -192,7 +192,9 @@ def test_unknown_factors_are_refused() -> None:
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("qwen3", {"rope_parameters": {**LLAMA3, "rope_theta": 1e4}}, "rope_type 'llama3'"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 4}, "use_sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 4, "layer_types": None}, "use_sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 12}, "use_sliding_window"),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 6}, "use_sliding_window"),
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
         ("gemma2", {"layer_types": ["full_attention"] * 12}, "layer_types"),
         ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, "attention_factor"),
@@ -205,6 +207,15 @@ def test_what_llama_cpp_would_ignore_is_refused(name: str, changes: dict[str, An
     config = as_json(name) | changes
     with pytest.raises(UnsupportedArchitecture, match=message):
         family(config).metadata(config)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 4, "layer_types": ["full_attention"] * 12}),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 12, "layer_types": None}),
+    ("llama", {"use_sliding_window": True, "max_window_layers": 4}),
+])  # fmt: skip
+def test_windows_that_transformers_does_not_have_either(name: str, changes: dict[str, Any]) -> None:
+    assert family(as_json(name)).metadata(as_json(name) | changes) == family(as_json(name)).metadata(as_json(name))
 
 
 def test_settings_of_yarn_that_say_what_llama_cpp_does_anyway() -> None:

@@ -269,8 +269,11 @@ class Family:
                 refused.append(f"query_pre_attn_scalar {config.get('query_pre_attn_scalar')}")
             if config.get("use_bidirectional_attention"):
                 refused.append("use_bidirectional_attention")
-        elif config.get("use_sliding_window") and config.get("max_window_layers", 28) < layers:
-            refused.append("use_sliding_window")
+        elif self.arch != "llama" and config.get("use_sliding_window"):
+            # layer_types, where they are there, leave max_window_layers without a say
+            kinds = config.get("layer_types")
+            if "sliding_attention" in kinds if kinds else config.get("max_window_layers", 28) < layers:
+                refused.append("use_sliding_window")
         if refused:
             raise UnsupportedArchitecture(f"llama.cpp's {self.arch} does not compute: {', '.join(refused)}")
 
