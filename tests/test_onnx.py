@@ -492,6 +492,19 @@ def test_settings_of_which_no_graph_can_be_made(
         edgeport.plan(new_base=tmp_path / "base", output=tmp_path / "out", to="onnx")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("offset", "-4096"), ("offset", "x"), ("length", "12"), ("location", "../model.onnx.data"), ("location", "/etc/passwd"),
+])  # fmt: skip
+def test_initializers_that_lie_elsewhere(key: str, value: str, families: Families, tmp_path: Path) -> None:
+    out = edgeport.export(model=families("llama")[0], output=tmp_path / "out", to="onnx", quant="fp32").output
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    stored = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in stored.external_data if entry.key == key).value = value
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CorruptCheckpoint, match=rf"{re.escape(value)}.*; export it anew"):
+        open_model(out)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

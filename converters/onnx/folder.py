@@ -43,6 +43,14 @@ class Stored:
         return asset_files(self.path)
 
 
+def begin(name: str, place: Mapping[str, str], nbytes: int) -> int:
+    """Where an initializer of so many bytes begins in the data file. Raises KeyError, ValueError."""
+    location, offset, length = place["location"], int(place["offset"]), int(place["length"])
+    if location != DATA or offset < 0 or length != nbytes:
+        raise ValueError(f"{name} is {length} bytes of {location!r} from {offset} on, and should be {nbytes} of {DATA}")
+    return offset
+
+
 def companions(source: Source, target: Target, staging: Path) -> dict[str, Any]:
     """Copy tokenizer and processor files verbatim; write, and return, config.json as it is to be."""
     copy_assets({**source.assets(staging), **target.assets}, staging)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.onnx import described, placed
 from converters.onnx.families import family
-from converters.onnx.folder import ABOUT, MODEL, Stored
+from converters.onnx.folder import ABOUT, MODEL, Stored, begin
 from converters.onnx.precisions import PRECISIONS, read_settings
 from converters.onnx.traced import TRACED
 from converters.onnx.traced_source import TracedSource, open_traced
@@ -95,10 +95,10 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
         offsets: dict[str, int] = {}
         views = described(decoder, settings, weights).views
         for view, (_, _, parts) in views.items():
-            begin = int(places[view]["offset"])
+            at = begin(view, places[view], sum(part.spec.nbytes for part in parts))
             for part in parts:
-                offsets[part.spec.name] = begin
-                begin += part.spec.nbytes
+                offsets[part.spec.name] = at
+                at += part.spec.nbytes
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(
             f"{path / MODEL} is not as this version of edgeport writes it ({type(error).__name__}: {error}); export it anew"

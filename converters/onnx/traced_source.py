@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.onnx.folder import MODEL, Stored
+from converters.onnx.folder import MODEL, Stored, begin
 from converters.onnx.graph import TYPES
 from converters.onnx.precisions import PRECISIONS, Settings, read_settings
 from converters.onnx.traced import TRACED
@@ -54,10 +54,9 @@ def open_traced(path: Path, config: Mapping[str, Any], model: Any, told: Mapping
             if bare not in weights and not bare.endswith((nbits.SCALES, nbits.ZERO_POINTS)):
                 weights[bare] = stored(bare, tensor, tensors, settings, told[TRACED])
         places = {name: {entry.key: entry.value for entry in tensor.external_data} for name, tensor in tensors.items()}
-        offsets = {
-            part.spec.name: int(places[part.spec.name if part.spec.name in places else part.spec.name + ROWS]["offset"])
-            for weight in weights.values() for part in weight.parts.values()
-        }  # fmt: skip
+        specs = [part.spec for weight in weights.values() for part in weight.parts.values()]
+        views = {spec.name: spec.name if spec.name in places else spec.name + ROWS for spec in specs}
+        offsets = {spec.name: begin(views[spec.name], places[views[spec.name]], spec.nbytes) for spec in specs}
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise CorruptCheckpoint(
             f"{path / MODEL} is not as this version of edgeport writes it ({type(error).__name__}: {error}); export it anew"
