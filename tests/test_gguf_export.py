@@ -33,6 +33,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama 2": {"model_type": "llama", "tie_word_embeddings": False},
     "Llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3, "head_dim": 32},
+    "Llama 3, short": {"model_type": "llama", "rope_theta": 5e5, "head_dim": 32,
+                       "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}},
     "Mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
     "Gemma 2": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
     "Qwen 2": {"model_type": "qwen2"},

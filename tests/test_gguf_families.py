@@ -180,6 +180,15 @@ def test_llama3_factors_are_the_converters_to_the_bit(head_dim: int, factor: flo
     assert llama3_scaling(factors, head_dim, 500000.0) == {**LLAMA3, "factor": factor}
 
 
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("context", [64, 4096, 8192, 32768])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_the_original_context_is_solved_for(theta: float, context: int, head_dim: int) -> None:
+    rope = {**LLAMA3, "factor": 2.5, "original_max_position_embeddings": context}
+    factors = llama3_factors({**rope, "rope_theta": theta}, head_dim)
+    assert llama3_scaling(factors, head_dim, theta) == rope
+
+
 def test_unknown_factors_are_refused() -> None:
     with pytest.raises(UnmappedTensor, match="formula"):
         llama3_scaling(np.linspace(1, 8, 32, dtype=np.float32), 64, 500000.0)

@@ -354,11 +354,19 @@ def llama3_scaling(factors: NDArray[np.float32], head_dim: int, theta: float) ->
     import numpy as np
 
     # The lowest frequencies are divided by the whole factor, so it can be read off the end.
-    rope = {"rope_type": "llama3", "factor": _shortest(float(factors[-1])), **LLAMA3_DEFAULTS}
+    factor = _shortest(float(factors[-1]))
+    rope: dict[str, Any] = {"rope_type": "llama3", "factor": factor, **LLAMA3_DEFAULTS}
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    # Between the frequencies that stay and those, the formula can be solved for the length of the original context.
+    between = np.flatnonzero((factors > 1) & (factors < factor))
+    if len(between):
+        smooth = (1 / factors[between].astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+        wavelengths = 2 * math.pi * theta ** (2 * between / head_dim)
+        rope["original_max_position_embeddings"] = round(float(np.median(wavelengths * (smooth * (high - low) + low))))
     expected = llama3_factors({**rope, "rope_theta": theta}, head_dim)
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
         raise UnmappedTensor(
-            f"{ROPE_FREQS} holds factors that are not Llama 3's formula with a factor of {rope['factor']:g}:"
+            f"{ROPE_FREQS} holds factors that are not Llama 3's formula with a factor of {factor:g}:"
             " transformers has no setting for them"
         )
     return rope
