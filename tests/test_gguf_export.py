@@ -158,6 +158,17 @@ def test_split_files_load_and_are_read_back(make: Callable[..., Path], tmp_path:
         assert one.name == other.name and np.array_equal(one.data, other.data)
 
 
+def test_no_file_of_a_set_is_larger_than_asked(make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make("Llama 3")
+    for limit in range(100_000, 400_000, 20_000):
+        files = edgeport.plan(new_base=base, output=tmp_path / "out.gguf", to="gguf", max_shard_size=limit).files
+        assert len(files) > 1 and max(file.size for file in files) <= limit
+        # a file could not have taken the next tensor, of 82 kB at most
+        assert min(file.size for file in files[:-1]) > limit - 85_000
+    small = edgeport.plan(new_base=base, output=tmp_path / "out.gguf", to="gguf", max_shard_size=1000).files
+    assert all(len(file.ranges) <= 1 for file in small)
+
+
 def test_a_set_goes_by_the_name_it_was_given(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base = tiny_llama()
     patch = save_patch(base, tmp_path / "patch")

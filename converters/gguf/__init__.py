@@ -195,19 +195,26 @@ class GGUFSink:
     def layout(self, weights: Sequence[Weight]) -> Sequence[FileLayout]:
         entries = [(w.parts["data"].spec.name, w.shape, w.format, w.nbytes) for w in weights]
         entries = [(name, shape, "F32", len(data)) for name, (shape, data) in self.constants.items()] + entries
-        groups = cut(entries, self.target.max_shard_bytes)
+        groups = [entries]
+        if limit := self.target.max_shard_bytes:
+            heads = [len(serialize(self.keys(number, 2, len(entries)), [])[0]) for number in range(2)]
+            groups = cut(entries, limit, heads)
         layouts = []
         for number, group in enumerate(groups):
-            metadata = dict(self.metadata) if number == 0 else {}
-            if len(groups) > 1:
-                metadata["split.no"] = (ValueType.UINT16, number)
-                metadata["split.count"] = (ValueType.UINT16, len(groups))
-                metadata["split.tensors.count"] = (ValueType.INT32, len(entries))
-            head, offsets, size = serialize(metadata, group)
+            head, offsets, size = serialize(self.keys(number, len(groups), len(entries)), group)
             blobs = ((0, head), *((offsets[name], data) for name, (_, data) in self.constants.items() if name in offsets))
             ranges = {name: offset for name, offset in offsets.items() if name not in self.constants}
             layouts.append(FileLayout(self.name(number, len(groups)), size, blobs, ranges))
         return layouts
+
+    def keys(self, number: int, files: int, tensors: int) -> dict[str, Field | tuple[int, Any]]:
+        """The metadata of one of so many files, which hold so many tensors together."""
+        keys = dict(self.metadata) if number == 0 else {}
+        if files > 1:
+            keys["split.no"] = (ValueType.UINT16, number)
+            keys["split.count"] = (ValueType.UINT16, files)
+            keys["split.tensors.count"] = (ValueType.INT32, tensors)
+        return keys
 
     def factors(self, weight: Weight, rank: int) -> Factors:
         name, arrangement = self.family.tensor(weight.name, self.target.config)
@@ -230,16 +237,20 @@ class GGUFSink:
 Entry = tuple[str, tuple[int, ...], str, int]
 
 
-def cut(entries: Sequence[Entry], limit: int | None) -> list[list[Entry]]:
-    """Tensors in order, a new file where the next would exceed `limit` bytes."""
+def cut(entries: Sequence[Entry], limit: int, heads: Sequence[int]) -> list[list[Entry]]:
+    """Tensors in order, a new file where the next would exceed `limit` bytes, of which metadata takes `heads`.
+
+    `heads`: of the first file, and of each later one. A tensor that is larger has a file of its own.
+    """
     groups: list[list[Entry]] = [[]]
-    filled = 0
+    filled = heads[0]
     for entry in entries:
-        if limit and groups[-1] and filled + entry[3] > limit:
+        size = serialize({}, [entry])[2]  # with what the head says of it
+        if groups[-1] and filled + size > limit:
             groups.append([])
-            filled = 0
+            filled = heads[1]
         groups[-1].append(entry)
-        filled += entry[3]
+        filled += size
     return groups
 
 
