@@ -111,7 +111,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A folder's, or that in a GGUF's metadata, which takes transformers some 15 seconds to rebuild."""
     tokenizer = AutoTokenizer.from_pretrained(**_where(path))
     # transformers before 5.23 takes the token that opens a turn for the one that ends it
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(open_model(path).config["eos_token_id"])
+    ends = open_model(path).config["eos_token_id"]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
     return tokenizer
 
 

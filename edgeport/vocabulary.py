@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from edgeport.checkpoint import read_json
-from edgeport.errors import ConvertError, CorruptCheckpoint
+from edgeport.errors import ConvertError
 from edgeport.hub import called
 from edgeport.patches.edits import ReplaceRows
 from edgeport.patches.names import find
@@ -28,10 +28,10 @@ def tokenizer_files(
     """
 
     @cache
-    def known() -> tuple[bytes, Mapping[str, int]]:
+    def known() -> bytes:
         with TemporaryDirectory() as staging, suppress(ConvertError):
-            return content(source.assets(Path(staging)))
-        return b"", {}
+            return text_of(source.assets(Path(staging)))
+        return b""
 
     taken: dict[str, Path] = {}
     notes = []
@@ -40,9 +40,10 @@ def tokenizer_files(
         own = {target: parts[index] for target, parts in edits.items()}
         if grows(source, own):
             taken |= files
-        elif TOKENIZER in files:
-            text, theirs = content(files)
-            if text == known()[0] or not theirs or not (ours := known()[1]) or theirs == ours:
+        # nearly always the same file, which is not worth the memory that its tokens take as objects
+        elif (text := text_of(files)) and text != known():
+            theirs, ours = rows_of(text), rows_of(known())
+            if not theirs or not ours or theirs == ours:
                 continue
             if trained(own, set(theirs.values()) - set(ours.values())):
                 taken |= files
@@ -69,15 +70,17 @@ def trained(edits: Mapping[str, Sequence[Edit]], tokens: set[int]) -> bool:
     return any(tokens.intersection(edit.indices if isinstance(edit, ReplaceRows) else range(edit.shape[0])) for edit in todo)
 
 
-def content(files: Mapping[str, Path]) -> tuple[bytes, Mapping[str, int]]:
-    """Of a tokenizer.json: its text, and the rows of its tokens, added ones among them; nothing where none can be read."""
-    if TOKENIZER not in files:
-        return b"", {}
+def text_of(files: Mapping[str, Path]) -> bytes:
+    return files[TOKENIZER].read_bytes() if TOKENIZER in files else b""
+
+
+def rows_of(text: bytes) -> Mapping[str, int]:
+    """The rows of a tokenizer.json's tokens, added ones among them; none where they cannot be read."""
     # what else may stand there is for those to judge who use it
-    with suppress(CorruptCheckpoint, LookupError, TypeError, ValueError):
-        told = read_json(files[TOKENIZER])
+    with suppress(LookupError, RecursionError, TypeError, ValueError):
+        told = json.loads(text)
         listed = told["model"]["vocab"]
         pairs = [*(listed.items() if isinstance(listed, dict) else ((piece[0], row) for row, piece in enumerate(listed)))]
         pairs += [(added["content"], added["id"]) for added in told["added_tokens"]]
-        return files[TOKENIZER].read_bytes(), {str(text): int(row) for text, row in pairs}
-    return b"", {}
+        return {str(text): int(row) for text, row in pairs}
+    return {}
