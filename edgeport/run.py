@@ -20,7 +20,7 @@ from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, described, hashes, in_background, named, write_manifest
-from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, return_freed_blocks, trim_heap
+from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, resident_bytes, return_freed_blocks, trim_heap
 from edgeport.places import check_output
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
@@ -68,6 +68,7 @@ def run(
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         check_budget(plan.limits)
+        meter.before = resident_bytes()  # with the libraries of formats, which are in use by now
         journal = journals.opened(plan, steps, resume)
         return stream(plan, steps, activations, journal, verdict, began, meter, progress=progress, force=force, command=command)
 
