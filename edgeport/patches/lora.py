@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
@@ -23,9 +23,6 @@ from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS, find, is_turned
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
 from edgeport.ties import ends, is_end, is_tied
-
-if TYPE_CHECKING:
-    pass
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
