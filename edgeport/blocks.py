@@ -70,7 +70,12 @@ def read_part(source: Readable, part: Part, rows: range, granule: int) -> bytear
 
 def known(weight: Weight, rows: range) -> range:
     """Those of the rows that the weight has: a grown vocabulary has more."""
-    return range(min(rows.start, weight.rows), min(rows.stop, weight.rows))
+    return within(rows, weight.rows)
+
+
+def within(rows: range, count: int) -> range:
+    """Those of the rows that are among the first `count`."""
+    return range(min(rows.start, count), min(rows.stop, count))
 
 
 def padded(matrix: Tensor, rows: range) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import check_finite, decode_rows, ranges, sampled
+from edgeport.blocks import check_finite, decode_rows, ranges, sampled, within
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.hub import called
 from edgeport.memory import trim_heap
@@ -95,7 +95,7 @@ def sums_of(name: str, weight: Weight, new: Source, old: Source | None, edits: S
     total = Sums()
     projected: Tensor | None = None
     for rows in ranges(weight, size, granule) if whole else sampled(common, granule):
-        rows = range(rows.start, min(rows.stop, common))
+        rows = within(rows, common)
         if not rows:
             continue
         before, after = block_of(both, old, new, rows) if old else (None, decode_rows(new, weight, rows))

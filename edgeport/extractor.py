@@ -38,7 +38,7 @@ from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
 from edgeport.patches.lora import CONFIG, TOKENIZER_FILES
 from edgeport.patches.lora_config import lora_config, spelled
-from edgeport.patches.names import PEFT_PREFIX
+from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT
 from edgeport.places import MANIFEST, check_output
 from edgeport.registry import codec
 from edgeport.run import Progress, check_budget, silent
@@ -264,12 +264,12 @@ def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appende
     alpha = plan.keep.rank or max(ranks.values(), default=DEFAULT_RANK)
     whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.squares]
     saved = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
-    if plan.tied and any(name in HEADS and not name.endswith("embed_tokens.weight") for name in whole):
-        saved.append(HEAD.removesuffix(".weight"))  # PEFT ties no embedding of another name
+    if plan.tied and any(name in HEADS and not name.endswith(TIED_BY_PEFT) for name in whole):
+        saved.append(HEAD.removesuffix(".weight"))
     biases = {name.removesuffix(".bias") for name in whole if name.endswith(".bias")}
     config = lora_config(
         ranks, alpha, alpha_pattern={name: rank for name, rank in ranks.items() if rank != alpha},
         bias="all" if biases - set(saved) else "none", modules_to_save=saved or None,
-        ensure_weight_tying=plan.tied and any(name.endswith("embed_tokens.weight") for name in whole),
+        ensure_weight_tying=plan.tied and any(name.endswith(TIED_BY_PEFT) for name in whole),
     )  # fmt: skip
     (folder / CONFIG).write_bytes(spelled(config))

@@ -19,6 +19,7 @@ from edgeport.errors import NotPortable
 from edgeport.manifest import sha256
 from edgeport.seams import Source
 from edgeport.ties import ends
+from edgeport.vocabulary import TOKENIZER
 
 if TYPE_CHECKING:
     from edgeport.planning import Plan
@@ -32,7 +33,6 @@ HAD = 0.5
 MUCH = 1.0
 """`read` of all weights above which the new base has changed what the patch reads more than the patch has."""
 PASS, WARN, REFUSED, FORCED, UNKNOWN = "pass", "warn", "refused", "forced", "not assessed"
-TOKENIZER = "tokenizer.json"
 WITHOUT_OLD = "names, shapes and vocabulary fit; without --old-base nothing tells whether the new base comes from the old one"
 
 

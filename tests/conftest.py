@@ -25,6 +25,16 @@ CORPUS = [
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 
+def randomize(model: Any, seed: int, std: float = 0.1) -> None:
+    """Give whatever is trained random values, as after training."""
+    import torch
+
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=std)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := no_gpu()):
         pytest.skip(reason)

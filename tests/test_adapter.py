@@ -19,7 +19,7 @@ from edgeport.blocks import decode_rows
 from edgeport.effect import ported
 from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnknownName, UnsupportedPatch, VerificationFailed
 from edgeport.locate import open_model, open_patch
-from tests.conftest import TinyLlama
+from tests.conftest import TinyLlama, randomize
 from tests.test_gguf_imatrix import modern
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,10 +30,7 @@ def save_patch(base: Path, folder: Path, seed: int = 2, std: float = 0.1, **opti
     """A PEFT adapter whose every trained value is random, as after training."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LINEAR} | options)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=std)
+    randomize(model, seed, std)
     # with a head among its targets PEFT would add the whole head and embedding, untrained
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder

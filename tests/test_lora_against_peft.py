@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import edgeport
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, UnsupportedPatch
+from tests.conftest import randomize
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -38,10 +39,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 def save_patch(base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """A PEFT adapter whose every trained value is random, as after training."""
     model = peft.get_peft_model(load(base, dtype), peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
-    torch.manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
+    randomize(model, 2)
     model.save_pretrained(folder)
     return folder
 
@@ -51,10 +49,7 @@ def save_grown(base: Path, folder: Path, **options: Any) -> Any:
     model = load(base)
     model.resize_token_embeddings(325, mean_resizing=False)
     trained: Any = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
-    torch.manual_seed(3)
-    for parameter in trained.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
+    randomize(trained, 3)
     trained.save_pretrained(folder)
     return trained
 

@@ -33,6 +33,7 @@ from transformers import (
 
 import edgeport
 from edgeport.errors import ConvertError, UnsupportedPatch
+from tests.conftest import randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
 
@@ -96,10 +97,7 @@ def load(folder: Path) -> Any:
 def trained(base: Path, folder: Path, on: Any = None, **options: Any) -> Any:
     """A PEFT model with random values in all that it trains, saved in `folder`."""
     model: Any = peft.get_peft_model(on or load(base), peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options))
-    torch.manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
+    randomize(model, 2)
     model.save_pretrained(folder)
     return model
 

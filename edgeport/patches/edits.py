@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from edgeport.blocks import as_tensor, decode_rows, finite, known, padded, restore
+from edgeport.blocks import as_tensor, decode_rows, finite, known, padded, restore, within
 from edgeport.checkpoint import Stored, read_range
 from edgeport.codecs.plain import torch_type
 from edgeport.errors import NonFiniteResult, PlanViolation
@@ -235,11 +235,6 @@ def whole_granules(source: Source, weight: Weight, rows: range, device: str) -> 
     """Some rows as float32, read with those that the weight's format does not let them apart from."""
     first, last = (edge // weight.row_granule * weight.row_granule for edge in (rows.start, rows.stop + weight.row_granule - 1))
     return decode_rows(source, weight, range(first, min(last, weight.rows)), device)[rows.start - first : rows.stop - first]
-
-
-def within(rows: range, count: int) -> range:
-    """Those of the rows that are among the first `count`."""
-    return range(min(rows.start, count), min(rows.stop, count))
 
 
 def own_rows(stored: Stored, rows: range, shape: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.hub import called
 from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
-from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS, find, is_turned
+from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT, TURNED_MODELS, find, is_turned
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
 from edgeport.ties import ends, is_end, is_tied
@@ -237,9 +237,7 @@ class LoraPatch:
 
     def keeps_tie(self, weight: Weight) -> bool:
         """Whether a change of the embedding is the head's too."""
-        # PEFT ties no embedding of another name (`EMBEDDING_LAYER_NAMES`)
-        named = weight.name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        return self.made_tied or (named and bool(self.config.get("ensure_weight_tying")))
+        return self.made_tied or (weight.name.endswith(TIED_BY_PEFT) and bool(self.config.get("ensure_weight_tying")))
 
     def before(self, weight: Weight, old: Source | None) -> tuple[Source, Weight] | None:
         """The weight in the old base, where there is one. Raises TargetMissing, ShapeMismatch."""

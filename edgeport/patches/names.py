@@ -15,6 +15,9 @@ TURNED_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 TURNED_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 """Linear layers that are stored [in, out] (transformers' Conv1D), by the model's type and their own names."""
 
+TIED_BY_PEFT = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of the names of weights that its `ensure_weight_tying` finds (`EMBEDDING_LAYER_NAMES`); under others it ties nothing."""
+
 ENCODERS = ("albert", "beit", "bert", "deberta", "deit", "dinov2", "distilbert", "electra", "mpnet", "roberta", "vit")
 """What transformers' classes with a task call the encoder that another class is alone."""
 
