@@ -159,11 +159,14 @@ def scaled(patch: Path, factor: float, folder: Path) -> Path:
     return folder
 
 
+def told(row: Mapping[str, Any], name: str) -> bool:
+    """Whether the questions tell the gain from none, so that there is a share of it."""
+    return row[name] is not None and Z_95 * row[f"{name}_error"] <= 1
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
     def share(name: str) -> str:
-        value, error = row[name], row[f"{name}_error"]
-        # of a gain that the questions do not tell from none there is no share
-        return "-" if value is None or Z_95 * error > 1 else f"{value:.1%} +- {Z_95 * error:.1%}"
+        return f"{row[name]:.1%} +- {Z_95 * row[f'{name}_error']:.1%}" if told(row, name) else "-"
 
     seconds = row["seconds"] / row["patched_weights"] * 1e6
     return [
@@ -182,18 +185,20 @@ SUMMED = ("base", "exact", "nearest", "patch-aware", "16-bit first")
 SUMMARY_HEAD = ["format", "task", *SUMMED, "log-gain kept (95 %)", "KL", "of 16-bit first", "perplexity"]
 
 
-def summary(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[list[str]]:
-    """Of each base and patch as it is: accuracies, and of each draw of patch-aware what it keeps, its KL, and its perplexity
+def summary(rows: Mapping[tuple[Any, ...], Mapping[str, Any]], norm: str = REAL) -> list[list[str]]:
+    """Of each base and patch of one norm: accuracies, and of each draw of patch-aware what it keeps, its KL, and its perplexity
     beside exact's."""
     lines = []
     for format, task in sorted({(key[0], key[1]) for key in rows}, key=lambda pair: (pair[1] != "triage", *order_of(*pair))):
-        draws = {way: [rows[name] for name in sorted(rows) if name[:4] == (format, task, REAL, way)] for way in SUMMED}
+        draws = {way: [rows[name] for name in sorted(rows) if name[:4] == (format, task, norm, way)] for way in SUMMED}
         if not all(draws.values()):
             continue
         ours, reference = draws["patch-aware"], draws["exact"][0]["perplexity"]["manual"]
         shares = [percents(row["correct"] / row["total"] for row in draws[way]) for way in SUMMED]
-        error = Z_95 * max(row["log_gain_error"] for row in ours)
-        kept = f"{percents(row['log_gain'] for row in ours)} +- {error:.1%}"
+        kept = "-"
+        if all(told(row, "log_gain") for row in ours):
+            error = Z_95 * max(row["log_gain_error"] for row in ours)
+            kept = f"{percents(row['log_gain'] for row in ours)} +- {error:.1%}"
         divergences = [" ".join(f"{row['kl']['manual']:.4f}" for row in draws[way]) for way in ("patch-aware", "16-bit first")]
         drift = " ".join(f"{row['perplexity']['manual'] / reference - 1:+.1%}" for row in ours)
         lines.append([format, task, *shares, kept, *divergences, drift])
@@ -275,7 +280,7 @@ def main() -> None:
     parser.add_argument("--device", type=choose, default=choose("auto"), help="of the models that are asked; ports use the CPU")
     parser.add_argument("-o", "--output", type=Path, help="the figures as JSON")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print what these files hold")
-    parser.add_argument("--summary", action="store_true", help="a line for each base and patch")
+    parser.add_argument("--summary", action="store_true", help="a line for each base and patch, of each of --norms")
     arguments = parser.parse_args()
     if not arguments.table:
         if not arguments.output:
@@ -291,7 +296,7 @@ def main() -> None:
             run(jobs_of(arguments, base, Path(scratch), known), arguments.jobs, arguments.output, known)
     rows = gathered(arguments.table or [arguments.output])
     if arguments.summary:
-        print(table(SUMMARY_HEAD, summary(rows)))
+        print("\n\n".join(table(SUMMARY_HEAD, summary(rows, norm)) for norm in arguments.norms))
     else:
         print(table(HEAD, [cells(row) for row in sorted(rows.values(), key=order)]))
 

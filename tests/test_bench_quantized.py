@@ -45,6 +45,12 @@ def test_a_summary_shows_every_draw_and_no_base_that_lacks_a_way() -> None:
     assert (found["KL"], found["of 16-bit first"], found["perplexity"]) == ("0.0100 0.0100", "0.5000", "+20.0% -20.0%")
 
 
+def test_a_summary_of_scaled_patches_shows_no_share_of_a_gain_that_is_not_told_from_none() -> None:
+    rows = [row(way, 0, norm="0.03", log_gain_error=0.6) for way in ("base", "exact", "nearest", "patch-aware", "16-bit first")]
+    [line] = summary({key(one): one for one in rows}, "0.03")
+    assert line[SUMMARY_HEAD.index("log-gain kept (95 %)")] == "-" and not summary({key(one): one for one in rows})
+
+
 def test_only_what_a_file_lacks_is_measured(tmp_path: Path) -> None:
     job, *others = jobs_of(asked(patches={"triage": tmp_path}, seeds=[0, 1]), tmp_path, tmp_path, ())
     assert not others and ("nearest", 0) in job.rows and ("nearest", 1) not in job.rows and ("stochastic", 1) in job.rows
