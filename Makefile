@@ -37,7 +37,7 @@ bench: $(READY) ## measure accuracy against memory, and memory against the plan,
 	$(BIN)/edgeport bench --limit 200 -o $(BENCH_OUTPUT)/triage --overwrite
 	$(BIN)/python -m bench.memory --depth-only -o $(BENCH_OUTPUT)/memory.json
 
-# a third of it took 13 minutes on an H100 with 16 cores; on two cores, days: BENCH_FLAGS="--stages full --tasks triage" and the like
+# minutes on an H100 with 16 cores; on two cores, days: BENCH_FLAGS="--stages full --tasks triage --no-refits" and the like
 bench-full: $(READY) $(BENCH_OUTPUT)/books ## the whole suite: evolved bases, patches, refits, all models
 	$(BIN)/python -m bench.full -o $(BENCH_OUTPUT) --books $(BENCH_OUTPUT)/books $(BENCH_FLAGS)
 	$(BIN)/python -m bench.memory

@@ -4,9 +4,10 @@ python -m bench.suite -o bench-output lora                   # of the demo's evo
 python -m bench.suite -o full --evolved DIR --patches DIR --books DIR full --tasks triage --quant bf16 Q6_K
 python -m bench.suite -o bench/results/suite --merge lora full ...      # one set of results of several
 
-`bench.full` makes the evolved bases and all patches, and runs this in pieces. The folder of evolved bases has `lora`, `full`
-and `chain/1` to `3`; that of patches has one for each task, `refits/STAGE-TASK`, trained again on an evolved base, which
-are the ceiling, and the same under `seed1`, `seed2`; that of books has the pages of three (see the Makefile).
+`bench.full` makes the evolved bases and the patches that are not here, and runs this in pieces. The folder of evolved bases
+has `lora`, `full` and `chain/1` to `3`; that of patches has those of further tasks, `refits/STAGE-TASK`, trained again on an
+evolved base, which are the ceiling, and the same under `seed1`, `seed2`; that of books has the pages of three (see the
+Makefile).
 A run that was interrupted goes on from its journal, which a change of the program or of a patch makes worthless: delete
 the work folder.
 """
@@ -60,10 +61,15 @@ STAGES = {
 }
 
 
+def carried(task: str) -> Path:
+    """Where a task's first patch is, if the package or this folder carries it."""
+    return ADAPTERS / task if task == "triage" else PATCHES / task
+
+
 def patch_of(patches: Path, task: str, seed: int, stage: str | None = None) -> Path:
-    """Where the patch for a task is, made on the old base or, with a stage, on that stage's."""
-    if task == "triage" and not seed and not stage:
-        return ADAPTERS / "triage"
+    """Where the patch for a task is, made on the old base or, with a stage, on that stage's; carried ones not in `patches`."""
+    if not seed and not stage and carried(task).is_dir():
+        return carried(task)
     folder = patches / f"seed{seed}" if seed else patches
     return folder / "refits" / f"{stage}-{task}" if stage else folder / task
 
@@ -83,16 +89,23 @@ def held_out(pages: Path) -> str:
     return "".join(page_text(page) for page in sorted(pages.glob("*.html"))[::10])
 
 
+def evolved_of(key: str, evolved: Path | None, work: Path) -> Path:
+    """A stage's base among the evolved ones; without any the demo's evolution, which is made in `work`."""
+    base = (evolved or work / "evolved") / STAGES[key].base
+    if key == "lora" and not base.exists():
+        base.parent.mkdir(parents=True, exist_ok=True)
+        ported = ["port", "--patch", ADAPTERS / "evolution", "--new-base", packaged_model(), "-o", base, "--quant", "bf16"]
+        child(["-m", "edgeport", *map(str, ported), "--offline", "--json", "--no-progress"])
+    return base
+
+
 def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
     """All rows of a stage; of another patch than the first, those that the patch has a part in."""
     stage = STAGES[key]
     work = arguments.work or arguments.output / "work"
     folder = work / (f"{key}-seed{arguments.patch_seed}" if arguments.patch_seed else key)
     folder.mkdir(parents=True, exist_ok=True)
-    base = (arguments.evolved or work / "evolved") / stage.base
-    if key == "lora" and not base.exists():
-        ported = ["port", "--patch", ADAPTERS / "evolution", "--new-base", packaged_model(), "-o", base, "--quant", "bf16"]
-        child(["-m", "edgeport", *map(str, ported), "--offline", "--json", "--no-progress"])
+    base = evolved_of(key, arguments.evolved, work)
     text = None
     if arguments.books:
         text = folder / "held-out.txt"
@@ -143,7 +156,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
-    parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of the patches (default: bench/adapters)")
+    parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of those that bench/adapters lacks")
     parser.add_argument("--work", type=Path, help="for models in work and the journal of finished ones (default: in OUTPUT)")
     parser.add_argument("--books", type=Path, help="folder of books: adds perplexity on the pages that were held out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))

@@ -27,7 +27,8 @@ from tests.conftest import TinyLlama
 def options(output: Path, **change: object) -> Namespace:
     given = {
         "output": output, "books": output / "books", "device": "cpu", "cores": 2, "threads": 1, "trainings": 8,
-        "stages": list(STAGES), "tasks": ["triage", "legs"], "seeds": 2, "questions": 8, "steps": 2, "batch_size": None,
+        "stages": list(STAGES), "tasks": ["triage", "sums"], "seeds": 2, "questions": 8, "steps": 2, "batch_size": None,
+        "refits": True,
     }  # fmt: skip
     return Namespace(**{**given, **change})
 
@@ -37,10 +38,17 @@ def test_every_job_comes_after_what_it_needs(tmp_path: Path) -> None:
     places = {job.name: place for place, job in enumerate(found)}
     assert len(places) == len(found)
     carried = {"train-triage-0"}  # in the package
+    assert "train-sums-0" in places
     for job in found:
         assert all(places[name] < places[job.name] for name in set(job.needs) - carried), job.name
-    assert "ask-full-triage-0-onnx-int4" in places and "ask-lora-legs-1-bf16" in places and "train-legs-1-full" in places
+    assert "ask-full-triage-0-onnx-int4" in places and "ask-lora-sums-1-bf16" in places and "train-sums-1-lora" in places
     assert not any(job.name.startswith("ask-chain") for job in jobs(options(tmp_path, stages=["lora"])))
+
+
+def test_what_needs_no_refit_is_asked_without(tmp_path: Path) -> None:
+    names = [job.name for job in jobs(options(tmp_path, refits=False))]
+    refits = {f"train-{task}-{seed}-{stage}" for task in ("triage", "sums") for seed in (0, 1) for stage in STAGES}
+    assert names == [job.name for job in jobs(options(tmp_path)) if job.name not in refits] and "train-sums-0-lora" in refits
 
 
 def test_jobs_run_once_and_not_after_a_failure(tmp_path: Path) -> None:

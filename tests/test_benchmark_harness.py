@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgeport
+from edgeport.benchmark.questions import Choice, write_questions
+from edgeport.benchmark.runner import open_runner
+from edgeport.benchmark.score import answers
 from tests.conftest import TinyLlama
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
@@ -23,17 +30,18 @@ def requests(kind: Any, arguments: list[Any]) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("container", ["hf", "gguf"])
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_the_adapter_scores_as_the_harness_does(container: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
     from lm_eval.api.registry import get_model
     from lm_eval.models.huggingface import HFLM
 
     from edgeport.benchmark.harness import register
 
-    folder = tiny_llama("model", vocab=300)
-    edgeport.export(model=folder, output=tmp_path / "model.gguf", to="gguf", quant="f32")
+    folder = tiny_llama("base", vocab=300)
+    model = tmp_path / ("model.gguf" if container == "gguf" else "model")
+    edgeport.export(model=folder, output=model, to=container, quant="f32")
     register()
-    ours = get_model("edgeport")(path=str(folder if container == "hf" else tmp_path / "model.gguf"))
+    ours = get_model("edgeport")(path=str(model))
     theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=1, dtype="float32")
     found = ours.loglikelihood(requests("loglikelihood", PAIRS))
     expected = theirs.loglikelihood(requests("loglikelihood", PAIRS))
@@ -41,3 +49,38 @@ def test_the_adapter_scores_as_the_harness_does(container: str, tiny_llama: Tiny
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=2e-2)
     written = ours.generate_until(requests("generate_until", PROMPTS))
     assert written == theirs.generate_until(requests("generate_until", PROMPTS))
+
+
+OPTIONS = (" surgery", " skin", " eye")
+ASKED = [Choice(f"Diagnosis: {word}\nAnswer:", OPTIONS, place % 3) for place, word in enumerate("abcdefghij")]
+TASK = """task: departments
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_task_of_the_harness_runs_on_a_gguf(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Its command, its prompts and its accuracy, beside the benchmark's own of the same questions."""
+    model, questions = tmp_path / "model.gguf", tmp_path / "questions.jsonl"
+    edgeport.export(model=tiny_llama("base", vocab=300), output=model, to="gguf", quant="f32")
+    write_questions(questions, ASKED)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "departments.yaml").write_text(TASK.replace("QUESTIONS", str(questions)))
+    given = ["--model", "edgeport", "--model_args", f"path={model}", "--tasks", "departments",
+             "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "results.json"]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "edgeport.benchmark.harness", *map(str, given)], capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (written,) = tmp_path.glob("results*.json")
+    found = json.loads(written.read_text())["results"]["departments"]["acc,none"]
+    right = answers(open_runner(model), ASKED, keep=None, against=None)["right"]
+    assert found == pytest.approx(sum(right) / len(right)) and 0 < found < 1

@@ -35,7 +35,7 @@ def register() -> None:
     registry: Any = import_module("lm_eval.api.registry")
 
     class Edgeport(model.LM):  # type: ignore[misc]
-        """A GGUF file or a transformers folder; each request's `args` are texts."""
+        """A GGUF file, or a folder of transformers or ONNX; each request's `args` are texts."""
 
         def __init__(self, path: str, **more: Any) -> None:
             super().__init__()

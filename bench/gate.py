@@ -1,0 +1,107 @@
+"""Do the gate's figures tell what a port will lose? `edgeport diagnose` on pairs of the suite, beside what their ports kept.
+
+python -m bench.gate lora                                    # the demo's evolution, which this makes itself
+python -m bench.gate chain1 chain3 --evolved DIR             # those that `bench.full` or a bench.train_* made
+
+Pairs that the suite's results have no port of are left out; those that an earlier run wrote down stay. *Kept* is the share
+of what the patch brings on its own base: (ported - evolved base) / (tuned old base - old base), in the reference precision,
+and needs no refit. At the table's foot is each figure's rank correlation with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import StatisticsError, correlation
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import edgeport
+from bench.suite import FEW, PATCHES, STAGES, evolved_of, patch_of
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, TUNED, Results, Row
+from edgeport.benchmark.suite import Precision
+from edgeport.demo import packaged_model
+from edgeport.report import say, table
+
+RESULTS = Path(__file__).with_name("results")
+FIGURES = ("change", "drift", "cosine", "read", "written", "along")
+HEAD = ("task", "evolution", *FIGURES, "verdict", "tuned old base", "ported", "kept")
+
+
+def kept(rows: Sequence[Row], task: str, evolution: str) -> dict[str, float] | None:
+    """Accuracies of a pair's first patch and the share that its port keeps; None where a model was not asked."""
+    first = Precision.parse(FEW[0]).name
+    ours = [row for row in rows if row.key[:2] == (task, evolution) and row.precision == first and not row.patch_seed]
+    found = {row.model: row.accuracy for row in ours}
+    if not found.keys() >= {OLD, TUNED, EVOLVED, PORTED}:
+        return None
+    share = (found[PORTED] - found[EVOLVED]) / (found[TUNED] - found[OLD])
+    return {"tuned": found[TUNED], "ported": found[PORTED], "kept": share}
+
+
+def measured(key: str, base: Path, old: Path, patches: Path, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The pairs of a stage that have rows, on its base and the one that it comes from."""
+    stage = STAGES[key]
+    for task in stage.tasks:
+        patch, outcome = patch_of(patches, task, seed=0), kept(rows, task, stage.name)
+        if outcome is not None and patch.is_dir():
+            say(f"{stage.name}: {task}")
+            told = edgeport.diagnose(patch=patch, new_base=base, old_base=old, offline=True).to_json()
+            yield {"task": task, "evolution": stage.name, "verdict": told["verdict"], **told["all"], **outcome}
+
+
+def merged(before: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of two of the same pair the later one, in the order of evolutions and tasks."""
+    names = [stage.name for stage in STAGES.values()]
+    found = {(pair["evolution"], pair["task"]): pair for pair in (*before, *fresh)}
+    return [found[key] for key in sorted(found, key=lambda key: (names.index(key[0]), key[1]))]
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the least; equal values share the mean of theirs."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+def agreement(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
+    """Spearman's rank correlation of a figure with what is kept; None where one of them does not vary."""
+    try:
+        return correlation(ranks([pair[figure] for pair in pairs]), ranks([pair["kept"] for pair in pairs]))
+    except StatisticsError:
+        return None
+
+
+def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        [pair["task"], pair["evolution"], *(f"{pair[name]:.4f}" for name in FIGURES), pair["verdict"],
+         f"{pair['tuned']:.1%}", f"{pair['ported']:.1%}", f"{pair['kept']:.0%}"]
+        for pair in pairs
+    ]  # fmt: skip
+    found = [agreement(pairs, name) for name in FIGURES]
+    foot = ["", "rank correlation", *("-" if one is None else f"{one:.2f}" for one in found), "", "", "", ""]
+    return table(HEAD, [*lines, foot])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
+    parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of those that bench/adapters lacks")
+    parser.add_argument("--suite", type=Path, default=RESULTS / "suite" / "results.json", help="results of bench.suite")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "gate.json")
+    arguments = parser.parse_args()
+    rows = Results.read(arguments.suite).rows
+    fresh: list[dict[str, Any]] = []
+    with TemporaryDirectory() as work:
+        for key in arguments.stages:
+            base = evolved_of(key, arguments.evolved, Path(work))
+            fresh += measured(key, base, packaged_model(), arguments.patches, rows)
+    pairs = merged(json.loads(arguments.output.read_text()) if arguments.output.exists() else [], fresh)
+    arguments.output.write_text(json.dumps(pairs, indent=1) + "\n")
+    arguments.output.with_suffix(".txt").write_text(shown(pairs) + "\n")
+    print(shown(pairs))
+
+
+if __name__ == "__main__":
+    main()

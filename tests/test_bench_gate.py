@@ -1,0 +1,48 @@
+"""The gate's figures beside what ports kept: of the suite's rows, and of diagnose itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import edgeport
+from bench.gate import FIGURES, agreement, kept, measured, merged, ranks, shown
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
+from tests.conftest import TinyLlama
+from tests.test_adapter import save_patch
+from tests.test_diagnose import drifted
+
+
+def row(model: str, correct: int, precision: str = "bf16", seed: int = 0) -> Row:
+    return Row("sums", "LoRA r8", model, precision, 1, correct, 100, 0.0, 1, patch_seed=seed)
+
+
+ROWS = [
+    row(OLD, 10), row(TUNED, 90), row(EVOLVED, 20), row(PORTED, 60), row(PORTED, 50, "Q4_K_M"), row(PORTED, 80, seed=1),
+    row(REFIT, 90),
+]  # fmt: skip
+
+
+def test_what_a_port_keeps_is_of_the_reference_and_the_first_patch() -> None:
+    assert kept(ROWS, "sums", "LoRA r8") == {"tuned": 0.9, "ported": 0.6, "kept": pytest.approx(0.5)}
+    assert kept(ROWS, "sums", "chain 1") is None
+    assert kept([one for one in ROWS if one.model != TUNED], "sums", "LoRA r8") is None
+
+
+def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    save_patch(base, tmp_path / "sums", std=0.02)
+    new = drifted(base, tmp_path / "new")
+    (pair,) = measured("lora", new, base, tmp_path, ROWS)
+    told = edgeport.diagnose(patch=tmp_path / "sums", new_base=new, old_base=base).to_json()
+    assert {name: pair[name] for name in FIGURES} == {name: told["all"][name] for name in FIGURES} and pair["drift"] > 0
+    assert (pair["task"], pair["evolution"], pair["verdict"], pair["kept"]) == ("sums", "LoRA r8", "pass", pytest.approx(0.5))
+    other = {**pair, "evolution": "chain 2", "read": pair["read"] + 1, "kept": 0.1}
+    assert merged([other, {**pair, "kept": 0.9}], [pair]) == [pair, other]
+    assert "rank correlation  -" in shown([pair]) and agreement([pair, other], "read") == pytest.approx(-1)
+
+
+def test_equal_values_share_a_rank() -> None:
+    assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1, 2.5, 4]
+    assert agreement([{"read": 1.0, "kept": 2.0}, {"read": 1.0, "kept": 3.0}], "read") is None
