@@ -1,10 +1,10 @@
-"""Do the gate's figures tell what a port will lose? `edgeport diagnose` on pairs of the suite, beside what their ports kept.
+"""Do the gate's figures tell what a port will lose? `edgeport diagnose` on pairs of the suite, beside what their ports lost.
 
 python -m bench.gate lora                                    # the demo's evolution, which this makes itself
 python -m bench.gate chain1 chain3 --evolved DIR             # those that `bench.full` or a bench.train_* made
 
-Pairs that the suite's results have no port of are left out; those that an earlier run wrote down stay. *Kept* is the share
-of what the patch brings on its own base: (ported - evolved base) / (tuned old base - old base), in the reference precision,
+Pairs that the suite's results have no port of are left out; those that an earlier run wrote down stay. *Lost* is the share
+of what the patch brings on its own base: (tuned old base - ported) / (tuned old base - old base), in the reference precision,
 and needs no refit. At the table's foot is each figure's rank correlation with it.
 """
 
@@ -20,32 +20,32 @@ from typing import Any
 
 import edgeport
 from bench.suite import FEW, PATCHES, STAGES, evolved_of, patch_of
-from edgeport.benchmark.results import EVOLVED, OLD, PORTED, TUNED, Results, Row
+from edgeport.benchmark.results import OLD, PORTED, TUNED, Results, Row
 from edgeport.benchmark.suite import Precision
 from edgeport.demo import packaged_model
 from edgeport.report import say, table
 
 RESULTS = Path(__file__).with_name("results")
 FIGURES = ("change", "drift", "cosine", "read", "written", "along")
-HEAD = ("task", "evolution", *FIGURES, "verdict", "tuned old base", "ported", "kept")
+HEAD = ("task", "evolution", *FIGURES, "verdict", "tuned old base", "ported", "lost")
 
 
-def kept(rows: Sequence[Row], task: str, evolution: str) -> dict[str, float] | None:
-    """Accuracies of a pair's first patch and the share that its port keeps; None where a model was not asked."""
+def outcome_of(rows: Sequence[Row], task: str, evolution: str) -> dict[str, float] | None:
+    """Accuracies of a pair's first patch and the share that its port loses; None where a model was not asked."""
     first = Precision.parse(FEW[0]).name
     ours = [row for row in rows if row.key[:2] == (task, evolution) and row.precision == first and not row.patch_seed]
     found = {row.model: row.accuracy for row in ours}
-    if not found.keys() >= {OLD, TUNED, EVOLVED, PORTED}:
+    if not found.keys() >= {OLD, TUNED, PORTED}:
         return None
-    share = (found[PORTED] - found[EVOLVED]) / (found[TUNED] - found[OLD])
-    return {"tuned": found[TUNED], "ported": found[PORTED], "kept": share}
+    share = (found[TUNED] - found[PORTED]) / (found[TUNED] - found[OLD])
+    return {"tuned": found[TUNED], "ported": found[PORTED], "lost": share}
 
 
 def measured(key: str, base: Path, old: Path, patches: Path, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """The pairs of a stage that have rows, on its base and the one that it comes from."""
     stage = STAGES[key]
     for task in stage.tasks:
-        patch, outcome = patch_of(patches, task, seed=0), kept(rows, task, stage.name)
+        patch, outcome = patch_of(patches, task, seed=0), outcome_of(rows, task, stage.name)
         if outcome is not None and patch.is_dir():
             say(f"{stage.name}: {task}")
             told = edgeport.diagnose(patch=patch, new_base=base, old_base=old, offline=True).to_json()
@@ -65,9 +65,9 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def agreement(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
-    """Spearman's rank correlation of a figure with what is kept; None where one of them does not vary."""
+    """Spearman's rank correlation of a figure with what is lost; None where one of them does not vary."""
     try:
-        return correlation(ranks([pair[figure] for pair in pairs]), ranks([pair["kept"] for pair in pairs]))
+        return correlation(ranks([pair[figure] for pair in pairs]), ranks([pair["lost"] for pair in pairs]))
     except StatisticsError:
         return None
 
@@ -75,7 +75,7 @@ def agreement(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
 def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [pair["task"], pair["evolution"], *(f"{pair[name]:.4f}" for name in FIGURES), pair["verdict"],
-         f"{pair['tuned']:.1%}", f"{pair['ported']:.1%}", f"{pair['kept']:.0%}"]
+         f"{pair['tuned']:.1%}", f"{pair['ported']:.1%}", f"{pair['lost']:.0%}"]
         for pair in pairs
     ]  # fmt: skip
     found = [agreement(pairs, name) for name in FIGURES]

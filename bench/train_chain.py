@@ -6,7 +6,7 @@ Each update reads another book: Debian's handbook, its reference and its develop
 python -m bench.train_chain --text HANDBOOK REFERENCE DEVELOPERS -o chain
 
 writes chain/1, chain/2 and chain/3, bf16 folders. The first is also the benchmark's LoRA drift of rank 64. An update reads
-300,000 tokens: seconds on a data-centre GPU, about half an hour on two cores (--steps 40 --batch-size 2 for a small one).
+200,000 tokens: seconds on a data-centre GPU, about half an hour on two cores (--steps 40 --batch-size 2 for a small one).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import edgeport
 from bench import train_evolution, training
 from bench.train_evolution import CHUNK, batches
 
-RECIPE = replace(train_evolution.RECIPE, steps=150, batch_size=8, learning_rate=5e-4, rank=64, alpha=128)
+RECIPE = replace(train_evolution.RECIPE, steps=100, batch_size=8, learning_rate=5e-4, rank=64, alpha=128)
 
 
 def update(base: Path, text: Path, folder: Path, recipe: training.Recipe, device: str) -> None:

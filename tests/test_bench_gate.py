@@ -1,4 +1,4 @@
-"""The gate's figures beside what ports kept: of the suite's rows, and of diagnose itself."""
+"""The gate's figures beside what ports lost: of the suite's rows, and of diagnose itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import edgeport
-from bench.gate import FIGURES, agreement, kept, measured, merged, ranks, shown
+from bench.gate import FIGURES, agreement, measured, merged, outcome_of, ranks, shown
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -24,10 +24,10 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_what_a_port_keeps_is_of_the_reference_and_the_first_patch() -> None:
-    assert kept(ROWS, "sums", "LoRA r8") == {"tuned": 0.9, "ported": 0.6, "kept": pytest.approx(0.5)}
-    assert kept(ROWS, "sums", "chain 1") is None
-    assert kept([one for one in ROWS if one.model != TUNED], "sums", "LoRA r8") is None
+def test_what_a_port_loses_is_of_the_reference_and_the_first_patch() -> None:
+    assert outcome_of(ROWS, "sums", "LoRA r8") == {"tuned": 0.9, "ported": 0.6, "lost": pytest.approx(3 / 8)}
+    assert outcome_of(ROWS, "sums", "chain 1") is None
+    assert outcome_of([one for one in ROWS if one.model != TUNED], "sums", "LoRA r8") is None
 
 
 def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -37,12 +37,12 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     (pair,) = measured("lora", new, base, tmp_path, ROWS)
     told = edgeport.diagnose(patch=tmp_path / "sums", new_base=new, old_base=base).to_json()
     assert {name: pair[name] for name in FIGURES} == {name: told["all"][name] for name in FIGURES} and pair["drift"] > 0
-    assert (pair["task"], pair["evolution"], pair["verdict"], pair["kept"]) == ("sums", "LoRA r8", "pass", pytest.approx(0.5))
-    other = {**pair, "evolution": "chain 2", "read": pair["read"] + 1, "kept": 0.1}
-    assert merged([other, {**pair, "kept": 0.9}], [pair]) == [pair, other]
+    assert (pair["task"], pair["evolution"], pair["verdict"], pair["lost"]) == ("sums", "LoRA r8", "pass", pytest.approx(3 / 8))
+    other = {**pair, "evolution": "chain 2", "read": pair["read"] + 1, "lost": 0.1}
+    assert merged([other, {**pair, "lost": 0.9}], [pair]) == [pair, other]
     assert "rank correlation  -" in shown([pair]) and agreement([pair, other], "read") == pytest.approx(-1)
 
 
 def test_equal_values_share_a_rank() -> None:
     assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1, 2.5, 4]
-    assert agreement([{"read": 1.0, "kept": 2.0}, {"read": 1.0, "kept": 3.0}], "read") is None
+    assert agreement([{"read": 1.0, "lost": 2.0}, {"read": 1.0, "lost": 3.0}], "read") is None
