@@ -33,7 +33,7 @@ FIRST = ("full", "chain3", "chain1", "lora", "chain2")
 CHAIN = "123"
 """The ends of the names of a chain's stages."""
 ALLOCATION = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=16000000000"
-"""GLIBC_TUNABLES of a training on the CPU: what a step frees stays, in huge pages; new ones took a third of the time."""
+"""GLIBC_TUNABLES of a training on the CPU: what a step frees stays, in huge pages, in place of new ones each time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import edgeport
-from bench.gate import FIGURES, agreement, measured, merged, outcome_of, ranks, shown
-from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row
+from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown
+from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Results, Row
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 from tests.test_diagnose import drifted
@@ -46,3 +47,12 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
 def test_equal_values_share_a_rank() -> None:
     assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1, 2.5, 4]
     assert agreement([{"read": 1.0, "lost": 2.0}, {"read": 1.0, "lost": 3.0}], "read") is None
+
+
+def test_the_published_table_is_of_its_figures_and_of_the_suites_rows() -> None:
+    pairs = json.loads((RESULTS / "gate.json").read_text())
+    assert (RESULTS / "gate.txt").read_text() == shown(pairs) + "\n"
+    rows = Results.read(RESULTS / "suite" / "results.json").rows
+    for pair in pairs:
+        outcome = outcome_of(rows, pair["task"], pair["evolution"])
+        assert outcome == {name: pair[name] for name in ("tuned", "ported", "lost")}

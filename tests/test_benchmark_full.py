@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="peft, of the extra bench, is not installed")
 
 from bench import full, train_task
 from bench.full import Job, jobs, run
-from bench.suite import STAGES, headline, journaled, merged, write_merged
+from bench.suite import STAGES, evolved_of, headline, journaled, merged, write_merged
 from bench.train_task import fed
 from edgeport.benchmark.command import written
 from edgeport.benchmark.questions import Generation
@@ -27,7 +27,7 @@ from tests.conftest import TinyLlama
 def options(output: Path, **change: object) -> Namespace:
     given = {
         "output": output, "books": output / "books", "device": "cpu", "cores": 2, "threads": 1, "trainings": 8,
-        "stages": list(STAGES), "tasks": ["triage", "sums"], "seeds": 2, "questions": 8, "steps": 2, "batch_size": None,
+        "stages": list(STAGES), "tasks": ["triage", "legs", "sums"], "seeds": 2, "questions": 8, "steps": 2, "batch_size": None,
         "refits": True,
     }  # fmt: skip
     return Namespace(**{**given, **change})
@@ -37,17 +37,18 @@ def test_every_job_comes_after_what_it_needs(tmp_path: Path) -> None:
     found = jobs(options(tmp_path))
     places = {job.name: place for place, job in enumerate(found)}
     assert len(places) == len(found)
-    carried = {"train-triage-0"}  # in the package
-    assert "train-sums-0" in places
+    carried = {"train-triage-0", "train-legs-0"}  # in the package and the repository
+    assert "train-sums-0" in places and not carried & places.keys()
     for job in found:
         assert all(places[name] < places[job.name] for name in set(job.needs) - carried), job.name
-    assert "ask-full-triage-0-onnx-int4" in places and "ask-lora-sums-1-bf16" in places and "train-sums-1-lora" in places
+    assert "ask-full-triage-0-onnx-int4" in places and "ask-lora-legs-1-bf16" in places and "train-legs-1-full" in places
+    assert "ask-lora-sums-1-bf16" in places and "train-sums-1-lora" in places
     assert not any(job.name.startswith("ask-chain") for job in jobs(options(tmp_path, stages=["lora"])))
 
 
 def test_what_needs_no_refit_is_asked_without(tmp_path: Path) -> None:
     names = [job.name for job in jobs(options(tmp_path, refits=False))]
-    refits = {f"train-{task}-{seed}-{stage}" for task in ("triage", "sums") for seed in (0, 1) for stage in STAGES}
+    refits = {f"train-{task}-{seed}-{stage}" for task in ("triage", "legs", "sums") for seed in (0, 1) for stage in STAGES}
     assert names == [job.name for job in jobs(options(tmp_path)) if job.name not in refits] and "train-sums-0-lora" in refits
 
 
@@ -62,6 +63,12 @@ def test_jobs_run_once_and_not_after_a_failure(tmp_path: Path) -> None:
     (tmp_path / "log" / "good.txt").unlink()
     assert run(todo, options(tmp_path)) == ["bad", "after"]
     assert not (tmp_path / "log" / "good.txt").exists()
+
+
+def test_the_demos_evolution_is_made_where_there_is_none(smollm2_gguf: Path, tmp_path: Path) -> None:
+    base = evolved_of("lora", None, tmp_path)
+    assert base == tmp_path / "evolved" / "lora" and (base / "config.json").is_file()
+    assert evolved_of("chain2", tmp_path / "others", tmp_path) == tmp_path / "others" / "chain" / "2"
 
 
 def test_a_patch_is_trained_on_a_folder(tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
