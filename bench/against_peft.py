@@ -55,6 +55,7 @@ def merge(base: Path, output: Path) -> dict[str, Any]:
     began = time.perf_counter()
     import bitsandbytes
     import torch
+    from bitsandbytes.nn.modules import Linear4bit
     from peft import PeftModel
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -63,7 +64,7 @@ def merge(base: Path, output: Path) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     model = PeftModel.from_pretrained(model, TRIAGE).merge_and_unload()
     found = {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
-    quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     tensors = {}
     for name, parameter in model.named_parameters():
         if name in quantized:

@@ -52,7 +52,8 @@ def write_importance(model: Path, path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    causal: Any = AutoModelForCausalLM
+    peer = causal.from_pretrained(model, dtype=torch.float32).eval()
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, _: Any, inputs: tuple[torch.Tensor]) -> None:

@@ -91,7 +91,8 @@ class Judge:
 
     @torch.no_grad()
     def log_probabilities(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens.to(self.device), use_cache=False).logits.float().log_softmax(-1)
+        logits: Tensor = self.model(tokens.to(self.device), use_cache=False).logits
+        return logits.float().log_softmax(-1)
 
     @torch.no_grad()
     def chosen(self) -> Tensor:
@@ -134,7 +135,7 @@ class Judge:
         """KL(exact port || this) in nats, mean over the positions."""
         # a window at a time, since each has as many numbers as the vocabulary for every token
         pairs = zip(self.reference.texts[text], heard.texts[text], strict=True)
-        means = [(ours.exp() * (ours - theirs)).sum(-1).double().mean().item() for ours, theirs in pairs]
+        means: list[float] = [(ours.exp() * (ours - theirs)).sum(-1).double().mean().item() for ours, theirs in pairs]
         return sum(means) / len(means)
 
     def weights(self, base: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, float]:

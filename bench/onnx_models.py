@@ -86,18 +86,19 @@ def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    causal: Any = AutoModelForCausalLM
     for name, facts in FAMILIES.items():
         torch.manual_seed(0)
         settings = SMALL | facts
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = causal.from_config(config, attn_implementation="eager").eval()
         for parameter in model.parameters():
             parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
         model.save_pretrained(folder / name)
         yield name, folder / name, model
     real = folder / "real"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
-    model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32, attn_implementation="eager").eval()
+    model = causal.from_pretrained(real, dtype=torch.float32, attn_implementation="eager").eval()
     yield "SmolLM2-135M (real, of Q4_1)", real, model
 
 
@@ -198,7 +199,8 @@ def cuda(scratch: Path, model: Path | None = None, tokens: int = 100) -> Iterato
 
     real = scratch / "hf"
     edgeport.export(model=model or packaged_model(), output=real, to="hf", quant="f32")
-    peer = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
+    causal: Any = AutoModelForCausalLM
+    peer = causal.from_pretrained(real, dtype=torch.float32).eval()
     asked = text(peer.config.vocab_size)
     with torch.no_grad():
         theirs = peer(torch.from_numpy(asked)).logits.numpy()

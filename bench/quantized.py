@@ -146,7 +146,7 @@ def carry_out(job: Job) -> list[dict[str, Any]]:
 
 def mean_norm(receipt: edgeport.Receipt) -> float:
     """|change| / |weight| on average over the patched weights."""
-    changes = [fact.change for fact in receipt.facts if fact.change]
+    changes: list[float] = [fact.change for fact in receipt.facts if fact.change]
     return sum(changes) / len(changes)
 
 

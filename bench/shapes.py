@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -114,7 +114,7 @@ def write_patch(shape: Shape, folder: Path, rank: int = 16) -> Path:
     return folder
 
 
-def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], std: float) -> None:
+def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], std: float) -> None:
     """Random bf16 tensors, a piece at a time. The same piece of noise serves everywhere: only its size matters here."""
     specs = {name: TensorSpec(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in shapes.items()}
     header, _ = safetensors_bytes(specs, {"format": "pt"})

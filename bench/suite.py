@@ -47,7 +47,7 @@ class Stage:
     name: str
     base: str
     book: str
-    tasks: dict[str, Sequence[str]]
+    tasks: Mapping[str, Sequence[str]]
 
 
 SOME = dict.fromkeys(("triage", "legs", "chapters", "syllogism", "family"), FEW)

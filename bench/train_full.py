@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -32,6 +33,7 @@ from bench import training
 from bench.train_evolution import CHUNK, batches
 from bench.training import FullRecipe, Run
 from edgeport.blocks import arrange, decode_rows, encode_rows
+from edgeport.grid import Gridded
 from edgeport.locate import open_model
 from edgeport.registry import codec
 from edgeport.seams import Source
@@ -60,7 +62,8 @@ def distances(source: Source, format: str) -> Iterator[torch.Tensor]:
         if weight.name.endswith("_proj.weight") and int(weight.name.split(".")[2]) % EVERY == 0:
             matrix = decode_rows(source, weight, range(weight.rows))
             target = owner.layout(weight.name, weight.shape, format)
-            _, _, fraction = owner.grid(target, encode_rows(target, matrix)).bracket(arrange(matrix, target))
+            grid = cast(Gridded, owner).grid(target, encode_rows(target, matrix))
+            _, _, fraction = grid.bracket(arrange(matrix, target))
             yield torch.minimum(fraction, 1 - fraction)
 
 
@@ -104,7 +107,7 @@ def main() -> None:
     perplexity["with noise"] = training.perplexity(model, held_out)
     print(perplexity, flush=True)
     run = training.train(model, recipe, batches(chunks, recipe), lambda ids: model(input_ids=ids, labels=ids).loss)
-    save(model.to("cpu", torch.bfloat16), arguments.base, arguments.output)
+    save(model.cpu().bfloat16(), arguments.base, arguments.output)
     perplexity["trained, bf16"] = training.perplexity(training.load_base(arguments.output, arguments.device), held_out)
     report(arguments.base, arguments.output, recipe, run, perplexity)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -44,7 +45,7 @@ def fed(asked: Sequence[Asked], count: int, seed: int) -> list[Asked]:
 
 def loss(tuned: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """That of transformers, with logits for the answers' tokens alone."""
-    base = tuned.get_base_model()
+    base: Any = tuned.get_base_model()
     hidden = base.model(batch["input_ids"]).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     answers = labels != IGNORED

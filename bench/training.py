@@ -103,8 +103,9 @@ def packaged_base() -> Path:
 
 def load_base(path: Path, device: str = "cpu") -> PreTrainedModel:
     """A folder, or a GGUF dequantized, in fp32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32)
-    return model.to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32)
+    placed: PreTrainedModel = model.to(device)
+    return placed
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
