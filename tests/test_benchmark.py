@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import edgeport
 from edgeport.aside import ask
 from edgeport.benchmark.questions import write_questions
-from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Row
+from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Results, Row, with_gain_kept
 from edgeport.benchmark.runner import open_runner
 from edgeport.benchmark.score import perplexity, same, tree
 from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
@@ -56,6 +57,19 @@ def test_no_share_of_a_gain_that_is_not_there() -> None:
         given = {EVOLVED: [True, False], PORTED: [True, False], REFIT: refit}
         found = completed([(row(model, "bf16", right), right) for model, right in given.items()], "bf16")
         assert [one.gain_kept for one in found] == [None] * 3
+
+
+def test_the_error_of_a_kept_gain_is_that_of_many_draws() -> None:
+    """Questions drawn anew for each model, twenty thousand times."""
+    total, likely = 500, {EVOLVED: 0.5, PORTED: 0.75, REFIT: 0.95}
+    rows = [row(model, "bf16", [place < total * share for place in range(total)]) for model, share in likely.items()]
+    found = {one.model: one for one in with_gain_kept(rows, "bf16")}
+    assert found[REFIT].gain_kept == 1 and found[REFIT].gain_error is None and found[EVOLVED].gain_error is None
+    draw = np.random.default_rng(0)
+    evolved, ported, refit = (draw.binomial(total, share, 20_000) for share in likely.values())
+    spread = float(((ported - evolved) / (refit - evolved)).std())
+    assert found[PORTED].gain_error == pytest.approx(1.96 * spread, rel=0.03)
+    assert "| 56% ± 10 |" in Results("c", [], 0, list(found.values())).markdown()
 
 
 def test_rows_alone_say_what_they_can() -> None:

@@ -30,7 +30,8 @@ def results() -> Results:
         for at, model in enumerate(MODELS)
         for drop, (precision, size) in enumerate((("bf16", 258), ("Q8_0", 138), ("Q4_0", 88)))
     ]  # fmt: skip
-    rows = [replace(row, port_peak_bytes=270 << 20, port_seconds=2.5, kl=0.01) if row.model == "ported" else row for row in rows]
+    told = {"port_peak_bytes": 270 << 20, "port_seconds": 2.5, "kl": 0.01, "gain_kept": 0.8, "gain_error": 0.12}
+    rows = [replace(row, **told) if row.model == "ported" else row for row in rows]
     tasks = [
         {"name": "triage", "title": "Triage", "source": "made up", "questions": 400, "floor": 0.125},
         {"name": "legs", "title": "Legs", "source": "made up", "questions": 400, "floor": 0.05},
@@ -180,7 +181,7 @@ def test_hovering_names_the_row(shown: Any) -> None:
     assert not tip.is_visible()
     shown.locator('.dot[aria-label^="ported, Q4_0"]').hover()
     text = tip.inner_text()
-    assert "ported" in text and "50.0 %" in text and "88 MiB" in text and "0.0100" in text
+    assert "ported" in text and "50.0 %" in text and "88 MiB" in text and "0.0100" in text and "80 % ± 12" in text
     assert shown.locator("tbody tr.lit").count() == 1
 
 

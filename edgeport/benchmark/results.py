@@ -49,6 +49,8 @@ class Row:
     gain_kept: float | None = None
     """(this - evolved base) / (re-tuned - evolved base) in accuracy, bases in the first precision; None where the questions do
     not tell the latter from none."""
+    gain_error: float | None = None
+    """Half of the 95 % interval of `gain_kept`; None for a refit in the first precision, which is the measure itself."""
     patch_kept: float | None = None
     """Mean share of the patch's change to the weights that the file keeps."""
     port_seconds: float | None = None
@@ -120,7 +122,7 @@ class Results:
 
 HEAD = (
     "task", "evolution", "model", "precision", "accuracy (95 %)", "size", "RAM to run", "port: time", "RAM above import",
-    "flips", "KL to first", "gain kept", "perplexity", "on",
+    "flips", "KL to first", "gain kept (95 %)", "perplexity", "on",
 )  # fmt: skip
 
 
@@ -130,24 +132,42 @@ def cells(row: Row) -> list[str]:
         row.task, row.evolution, row.model, row.precision, f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})", in_words(row.bytes),
         in_words(row.score_peak_bytes), "-" if row.port_seconds is None else f"{row.port_seconds:.1f} s",
         "-" if row.port_above_bytes is None else in_words(row.port_above_bytes), shown(row.negative_flips, "d"),
-        shown(row.kl, ".4f"), shown(row.gain_kept, ".0%"), shown(row.perplexity, ".2f"), str(row.machine + 1),
+        shown(row.kl, ".4f"), share(row.gain_kept, row.gain_error), shown(row.perplexity, ".2f"), str(row.machine + 1),
     ]  # fmt: skip
 
 
 def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
-    """The rows with their share of the gain, where the evolved base and the refit in the reference precision are there."""
+    """The rows with their share of the gain, where the evolved base and the refit in the reference precision are there.
+
+    Its error is that of a ratio of differences to first order (the delta method), as if each model had been asked other
+    questions: they agree on many, which makes the true one smaller.
+    """
     known = {row.key: row for row in rows}
 
     def one(row: Row) -> Row:
         evolved = known.get((row.task, row.evolution, EVOLVED, reference, 0))
         refit = known.get((row.task, row.evolution, REFIT, reference, row.patch_seed))
         if evolved is None or refit is None or row.model not in (PORTED, REFIT):
-            return replace(row, gain_kept=None)
+            return replace(row, gain_kept=None, gain_error=None)
         gain = refit.accuracy - evolved.accuracy
-        error = Z_95 * sqrt(sum(one.accuracy * (1 - one.accuracy) / one.total for one in (evolved, refit)))
-        return replace(row, gain_kept=(row.accuracy - evolved.accuracy) / gain if gain > error else None)
+        if gain <= error({evolved: 1.0, refit: 1.0}):
+            return replace(row, gain_kept=None, gain_error=None)
+        kept = (row.accuracy - evolved.accuracy) / gain
+        if row.key == refit.key:
+            return replace(row, gain_kept=kept, gain_error=None)
+        return replace(row, gain_kept=kept, gain_error=error({row: 1.0, refit: kept, evolved: 1 - kept}) / gain)
 
     return [one(row) for row in rows]
+
+
+def error(weights: Mapping[Row, float]) -> float:
+    """Half of the 95 % interval of a weighted sum of accuracies."""
+    return Z_95 * sqrt(sum(weight**2 * row.accuracy * (1 - row.accuracy) / row.total for row, weight in weights.items()))
+
+
+def share(kept: float | None, error: float | None) -> str:
+    """Of the gain, with its error in points."""
+    return shown(kept, ".0%") + ("" if error is None else f" ± {100 * error:.0f}")
 
 
 def shown(value: float | None, how: str) -> str:
