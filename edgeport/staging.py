@@ -114,14 +114,18 @@ def claimed(output: Path) -> Iterator[None]:
     place.mkdir(exist_ok=True)
     handle = os.open(place, os.O_RDONLY)
     try:
-        lock(handle, output)
-        if not is_at(handle, place):
-            raise OutputExists(f"another run into {output} has ended at this moment; see what it has written, and start again")
-        yield
+        lock(handle, output)  # who does not get it leaves the place, which is another's even while it is empty
+        try:
+            if not is_at(handle, place):
+                raise OutputExists(
+                    f"another run into {output} has ended at this moment; see what it has written, and start again"
+                )
+            yield
+        finally:
+            if is_at(handle, place):
+                with suppress(OSError):
+                    place.rmdir()
     finally:
-        if is_at(handle, place):
-            with suppress(OSError):
-                place.rmdir()
         os.close(handle)
 
 

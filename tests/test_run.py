@@ -20,7 +20,9 @@ from edgeport.blocks import ranges
 from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, PatchLost, UnknownName
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
 from edgeport.patches.edits import LowRank
+from edgeport.places import staging_path
 from edgeport.registry import codec
+from edgeport.staging import claimed
 from edgeport.texts import duration
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -148,6 +150,17 @@ def test_two_runs_into_one_output(
     files = [path / "model.safetensors" if to == "hf" else path for path in (output, alone)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_is_refused_leaves_the_place_to_the_one_that_has_it(tmp_path: Path) -> None:
+    """Before the first file is made, while the gate still reads, the place is empty."""
+    output = tmp_path / "out"
+    with claimed(output):
+        for _ in range(2):
+            with pytest.raises(OutputExists, match="another run is writing"), claimed(output):
+                raise AssertionError("both have it")
+        assert list(tmp_path.iterdir()) == [staging_path(output)]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_port_without_a_patch_is_none(base: Path, tmp_path: Path) -> None:
