@@ -97,7 +97,8 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
         "fingerprints": [fingerprint(source) for source in sources],
         "versions": versions(),
         "command": {
-            "method": plan.method.to_json(), "scales": [patch.scale for patch in plan.patches],
+            # in their order: whole values take the place of what came before them
+            "method": plan.method.to_json(), "patches": [[str(patch.path.resolve()), patch.scale] for patch in plan.patches],
             "steps": digest_of(steps), "tokens": plan.rule.tokens,
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 import edgeport
-from bench import bad_input
+from bench import bad_input, spoiling
 from edgeport import run
 from edgeport.errors import NotResumable
+from edgeport.journal import check_same, dependencies
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -218,6 +220,16 @@ def test_what_cannot_be_resumed(interrupted: Job, tmp_path: Path) -> None:
     receipt = edgeport.port(**interrupted | {"resume": False})
     assert any("were cleared away; with --resume" in note for note in receipt.notes)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_patches_in_another_order_are_another_port(tmp_path: Path) -> None:
+    """Of two that put whole values in a weight's place, the last one counts."""
+    base, first = spoiling.model(tmp_path), spoiling.patch(tmp_path)
+    second = shutil.copytree(first, tmp_path / "second")
+    plans = [edgeport.plan(patch=order, new_base=base, output=tmp_path / "out") for order in ((first, second), (second, first))]
+    before, now = (dependencies(plan, plan.steps) for plan in plans)
+    with pytest.raises(NotResumable, match="told otherwise"):
+        check_same(before, now)
 
 
 def test_a_mistake_leaves_nothing_to_resume(tmp_path: Path) -> None:
