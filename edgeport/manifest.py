@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint, VerificationFailed
 from edgeport.hub import called, commit
-from edgeport.places import MANIFEST, entries, entries_of, manifest_path
+from edgeport.places import MANIFEST, entries, entries_of, listed, manifest_path
 from edgeport.seams import Source
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def manifest_of(output: Path) -> Path:
         return own
     # the files of a set begin as the output that they are: out.gguf is out-00001-of-00003.gguf ...
     sets = [path for path in sorted(output.parent.glob(f"*.{MANIFEST}")) if output.name.startswith(path.name.partition(".")[0])]
-    return next((path for path in sets if output.name in read_json(path).get("files", ())), own)
+    return next((path for path in sets if output.name in listed(path)), own)
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
@@ -217,7 +217,8 @@ def read_manifest(output: Path) -> dict[str, Any]:
         raise NotACheckpoint(f"{output} has no manifest ({path.name}): it is not an output of edgeport, or not a finished one")
     content = read_json(path)
     files = content.get("files")
-    if content.get("edgeport") != 1 or not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+    is_table = isinstance(files, dict) and files and all(_is_entry(entry) for entry in files.values())
+    if content.get("edgeport") != 1 or not is_table:
         raise CorruptCheckpoint(f"{path.name} is not a manifest of edgeport")
     return content
 
@@ -230,6 +231,11 @@ def verify_hashes(output: Path) -> dict[str, str]:
     """Every file of the output against its manifest. Raises IncompleteOutput, VerificationFailed."""
     content = read_manifest(output)
     base = output if output.is_dir() else output.parent
+    if output.is_file() and output.name not in content["files"]:
+        raise VerificationFailed(
+            f"the manifest beside {output.name} is of {', '.join(content['files'])}: {output.name} is not what edgeport wrote, "
+            "or has another name since"
+        )
     found = {}
     for name, entry in content["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts or (not output.is_dir() and os.path.basename(name) != name):

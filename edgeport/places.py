@@ -70,9 +70,13 @@ def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwri
 
 def owned(output: Path, folder: bool) -> set[str]:
     """The files of an output as its manifest says: inside a folder, or beside each other."""
-    path = manifest_path(output, folder)
-    names = read_json(path).get("files", ()) if path.is_file() else ()
-    return {name if folder else Path(name).name for name in names}
+    return {name if folder else Path(name).name for name in listed(manifest_path(output, folder))}
+
+
+def listed(manifest: Path) -> Sequence[str]:
+    """The files that a manifest names; none where it is not there, or has no table of them. Raises CorruptCheckpoint."""
+    files = read_json(manifest).get("files") if manifest.is_file() else None
+    return list(files) if isinstance(files, dict) else []
 
 
 def entries(folder: Path) -> set[Path]:

@@ -21,6 +21,7 @@ from bench.shapes import Shape, write_model, write_patch
 from bench.spoiling import HIDDEN, NORM, Q_WEIGHT, export, factors, model, patch, port, run, tokenizer, weights
 from edgeport.hub import called
 from edgeport.locate import MODEL_FILES, NOT_READ
+from edgeport.places import manifest_path
 from edgeport.report import bar
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,28 @@ def test_verify(to: str, tmp_path: Path) -> None:
     file.write_bytes(data)
     answer = run(["verify", str(output), "--json"])
     assert (answer.code, answer.output) == (1, "") and f"{file.name} has changed" in answer.error
+
+
+def test_verify_is_of_the_file_that_is_named(tmp_path: Path) -> None:
+    """Copied with its manifest, and spoilt: what the manifest is of lies beside it as it was."""
+    first, copy = tmp_path / "first.gguf", tmp_path / "copy.gguf"
+    first.write_bytes(b"whole")
+    entry = {"bytes": 5, "sha256": listing(tmp_path)["first.gguf"]}
+    for path in (first, copy):
+        manifest_path(path, False).write_text(json.dumps({"edgeport": 1, "files": {"first.gguf": entry}}))
+    copy.write_bytes(b"spoilt")
+    assert said(["verify", str(first)])["files"] == {"first.gguf": entry["sha256"]}
+    answer = run(["verify", str(copy)])
+    assert answer.code == 1 and "manifest beside copy.gguf is of first.gguf" in answer.error
+
+
+@pytest.mark.parametrize("files", [{}, None, 5, "out-1.gguf"])
+def test_a_manifest_of_no_files(files: Any, tmp_path: Path) -> None:
+    (tmp_path / "out-1.gguf").write_bytes(b"spoilt")
+    for name in ("out", "out-1.gguf"):
+        manifest_path(tmp_path / name, False).write_text(json.dumps({"edgeport": 1, "files": files}))
+        answer = run(["verify", str(tmp_path / "out-1.gguf")])
+        assert answer.code == 1 and ("has no manifest" if name == "out" else "is not a manifest of edgeport") in answer.error
 
 
 def test_inspect_model(tmp_path: Path) -> None:
