@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeport.errors import CorruptCheckpoint
+from edgeport.hub import called
 from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import fingerprint, manifest_of, read_manifest
+from edgeport.places import MANIFEST
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
 from edgeport.ties import is_tied
@@ -45,7 +48,12 @@ def describe_model(source: Source) -> dict[str, Any]:
         manifest = read_manifest(source.path)
         facts["made_by"] = {key: manifest[key] for key in ("command", "method", "inputs") if key in manifest}
         facts |= {key: manifest[key] for key in ("adapter", "probe") if manifest.get(key)}
-        facts["survival"] = survival(manifest)
+        try:
+            facts["survival"] = survival(manifest)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptCheckpoint(
+                f"{MANIFEST} of {called(source.path)} tells of its weights (per_weight, survival) what edgeport did not write"
+            ) from error
     return facts
 
 

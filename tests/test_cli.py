@@ -215,6 +215,14 @@ def test_a_manifest_of_no_files(files: Any, tmp_path: Path) -> None:
         assert answer.code == 1 and ("has no manifest" if name == "out" else "is not a manifest of edgeport") in answer.error
 
 
+@pytest.mark.parametrize("facts", [5, [5], [{"retention": "all"}], [{"retention": 1.0}]])
+def test_a_manifest_that_tells_nonsense_of_its_weights(facts: Any, tmp_path: Path) -> None:
+    base, manifest = model(tmp_path), {"edgeport": 1, "files": {"config.json": {"bytes": 0, "sha256": ""}}}
+    (base / "edgeport.json").write_text(json.dumps(manifest | {"survival": {"mean": 1.0}, "per_weight": facts}))
+    answer = run(["inspect", str(base)])
+    assert answer.code == 1 and "tells of its weights" in answer.error
+
+
 def test_inspect_model(tmp_path: Path) -> None:
     base = model(tmp_path)
     facts = said(["inspect", str(base)])
