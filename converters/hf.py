@@ -24,7 +24,7 @@ from edgeport.errors import (
     about,
 )
 from edgeport.patches.lora_config import lora_config, spelled
-from edgeport.patches.names import PEFT_PREFIX, is_turned
+from edgeport.patches.names import PEFT_PREFIX, is_turned, loaded
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
 from edgeport.steps import stored_alike
@@ -250,16 +250,20 @@ class FolderSink:
             raise ConvertError("a low-rank change of it has no place in a PEFT adapter of linear layers; leave off --sidecar")
         if is_turned(weight.name.removesuffix(".weight"), self.source.config):
             raise ConvertError("it is stored turned, as no layer of an adapter can be; leave off --sidecar or --residual")
-        module = f"{PEFT_PREFIX}{weight.name.removesuffix('.weight')}"
+        module = f"{PEFT_PREFIX}{self.module(weight.name)}"
         lay_out = codec("plain").layout
         down = lay_out(f"{module}.lora_A.weight", (rank, weight.columns), "F32")
         return Factors(weight.name, down, lay_out(f"{module}.lora_B.weight", (weight.rows, rank), "F32"))
+
+    def module(self, name: str) -> str:
+        """What PEFT calls the layer of a weight."""
+        return loaded(name, self.source.weights).removesuffix(".weight")
 
     def adapter(self, factors: Sequence[Factors], alpha: int) -> tuple[str, Sequence[FileLayout]]:
         specs = {part.spec.name: part.spec for one in factors for weight in (one.down, one.up) for part in weight.parts.values()}
         header, ranges = safetensors_bytes(specs, {"format": "pt"})
         size = len(header) + sum(spec.nbytes for spec in specs.values())
-        config = spelled(lora_config({one.target.removesuffix(".weight"): one.rank for one in factors}, alpha))
+        config = spelled(lora_config({self.module(one.target): one.rank for one in factors}, alpha))
         file = FileLayout(f"{ADAPTER}/adapter_model.safetensors", size, ((0, header),), ranges)
         return ADAPTER, [file, _whole(f"{ADAPTER}/adapter_config.json", config)]
 

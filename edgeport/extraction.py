@@ -10,7 +10,7 @@ rank they need, shows only in the numbers: so tensors are appended as they come,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, in_words
 from edgeport.pair import Both, matched
 from edgeport.patches import dense
 from edgeport.patches.lora import FILES
-from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS
+from edgeport.patches.names import PEFT_PREFIX, TURNED_MODELS, loaded
 from edgeport.places import DISK_SLACK_BYTES, check_disk, check_output, through_links
 from edgeport.registry import codec
 from edgeport.seams import Source
@@ -190,6 +190,8 @@ def plan_extraction(
     check_output(output, True, overwrite)
     if tuned.config.get("model_type") in TURNED_MODELS and not keep.full:
         raise UnsupportedPatch(f"the linear layers of {tuned.config['model_type']} are stored turned; give --full")
+    if not keep.full:
+        pairs = [replace(both, name=loaded(both.name, old.weights)) for both in pairs]
     forms = {both.name: form_of(both, keep) for both in pairs}
     # biases come last: what else there is of a module decides how PEFT looks for its bias
     pairs.sort(key=lambda both: ([LORA, DIFFERENCE, WHOLE, NONE].index(forms[both.name]), both.name.endswith(".bias")))

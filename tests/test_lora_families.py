@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -199,6 +200,42 @@ def test_what_was_extracted_gives_the_tied_model_back(name: str, full: bool, tmp
     if name in ("opt", "bloom") and not full:
         loaded = logits(peft.PeftModel.from_pretrained(load(base), patch))
         assert torch.allclose(loaded, logits(load(tmp_path / "tuned")), atol=1e-4)
+
+
+PUBLISHED: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "bloom": (bloom, "transformer.", r"0\.mlp\.dense_h_to_4h\.weight|ln_f\.weight"),
+    "opt": (opt, "model.", r"0\.fc1\.weight|decoder\.final_layer_norm\.weight"),
+    "gemma 3": (gemma3, "", r"language_model\.layers\.0\.mlp\.up_proj\.weight|language_model\.norm\.weight"),
+}
+"""What transformers calls otherwise when it has loaded it: a prefix that is not stored, language_model before model."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_peft_loads_what_was_extracted(name: str, tmp_path: Path) -> None:
+    make, prefix, trained = PUBLISHED[name]
+    base = saved(tmp_path / "base", make)
+    tuned = load(base)
+    torch.manual_seed(3)
+    for key, weight in tuned.named_parameters():
+        if re.search(f"(?:{trained})$", key):
+            weight.data += torch.randn_like(weight) * 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    stored = load_file(base / "model.safetensors")
+    save_file({key.removeprefix(prefix): value for key, value in stored.items()}, base / "model.safetensors", {"format": "pt"})
+    patch = edgeport.extract(old_base=base, tuned=tmp_path / "tuned", output=tmp_path / "patch", rank=64).output
+    found, expected = logits(peft.PeftModel.from_pretrained(load(base), patch)), logits(load(tmp_path / "tuned"))
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(logits(load(base)), expected, atol=1e-2)
+    out = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out").output
+    assert torch.allclose(logits(load(out)), expected, atol=1e-4)
+
+
+def test_peft_loads_the_adapter_beside(tmp_path: Path) -> None:
+    """Of a model whose layers are stored as language_model.model.layers."""
+    base = tied_base("gemma 3", tmp_path / "base")
+    expected = logits(trained(base, tmp_path / "patch", target_modules=r".*language_model.*q_proj"))
+    out = edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out", sidecar=True).output
+    found = logits(peft.PeftModel.from_pretrained(load(out), out / "adapter"))
+    assert (expected - logits(load(base))).abs().max() > 0.1 and torch.allclose(found, expected, atol=1e-4)
 
 
 def test_an_embedding_alone_whose_head_has_no_place_of_its_own(tmp_path: Path) -> None:

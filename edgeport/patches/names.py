@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
 from edgeport.tensor import Weight
@@ -58,6 +58,17 @@ SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     ),
 )
 
+LOADED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("wte.weight", "word_embeddings.weight"), ((r"^(?!lm_head\.)", r"transformer."),)),
+    "decoder.embed_tokens.weight": ((r"^(?!lm_head\.)", r"model."),),
+    "language_model.model.embed_tokens.weight": (
+        (r"^language_model\.model\.", r"model.language_model."),
+        (r"^language_model\.lm_head\.", r"lm_head."),
+        (r"^", r"model."),
+    ),
+}
+"""How a class of transformers with a head renames what is stored otherwise, by the embedding's name; the first that fits."""
+
 
 def is_turned(module: str, config: Mapping[str, Any]) -> bool:
     """Whether it is a linear layer that a model with that config.json stores turned."""
@@ -75,6 +86,15 @@ def resolve(name: str, known: Container[str]) -> str | None:
             if candidate in known:
                 return candidate
     return None
+
+
+def loaded(name: str, known: Collection[str]) -> str:
+    """What transformers, and so PEFT, calls the weight `name` of a decoder that is stored under `known` names."""
+    model = ends(known)
+    for pattern, replacement in LOADED.get(model.embedding, ()) if model else ():
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    return name
 
 
 def find(name: str, weights: Mapping[str, Weight]) -> Weight | None:
