@@ -23,7 +23,7 @@ from edgeport.errors import (
     UnknownName,
     about,
 )
-from edgeport.patches.lora_config import lora_config, spelled
+from edgeport.patches.lora_config import lora_config, spelled, task_of
 from edgeport.patches.names import PEFT_PREFIX, is_turned, loaded
 from edgeport.registry import claim, codec, miss
 from edgeport.seams import Factors, FileLayout, Source, Target
@@ -263,7 +263,8 @@ class FolderSink:
         specs = {part.spec.name: part.spec for one in factors for weight in (one.down, one.up) for part in weight.parts.values()}
         header, ranges = safetensors_bytes(specs, {"format": "pt"})
         size = len(header) + sum(spec.nbytes for spec in specs.values())
-        config = spelled(lora_config({self.module(one.target): one.rank for one in factors}, alpha))
+        ranks = {self.module(one.target): one.rank for one in factors}
+        config = spelled(lora_config(ranks, alpha, task_type=task_of(self.source.config)))
         file = FileLayout(f"{ADAPTER}/adapter_model.safetensors", size, ((0, header),), ranges)
         return ADAPTER, [file, _whole(f"{ADAPTER}/adapter_config.json", config)]
 

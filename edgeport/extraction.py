@@ -9,6 +9,7 @@ rank they need, shows only in the numbers: so tensors are appended as they come,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,9 @@ LEAST_WIDTH = 64
 """Directions that the range finder looks at, where the matrix has so many: few are found better among more."""
 DRAW_BYTES = 24
 """A random number that the range finder draws, with its temporaries."""
-EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_positions", "word_embeddings", "position_embeddings"}
+EMBEDDINGS = re.compile(r"(?!embed_out$).*embed.*|wte|wpe|shared|relative_attention_bias")
+"""Own names of tables that are looked up (GPT-NeoX's embed_out is a linear head). PEFT knows their factors under other names,
+and passes those of a linear layer over; a linear layer that is called so is kept whole, which is as exact."""
 
 LORA, WHOLE, DIFFERENCE, NONE = "lora", "whole", "difference", "none"
 
@@ -211,7 +214,7 @@ def form_of(both: Both, keep: Keep) -> str:
     module, _, leaf = both.name.rpartition(".")
     if keep.full:
         return DIFFERENCE
-    if len(both.new.shape) == 2 and leaf == "weight" and not both.grown and module.rpartition(".")[2] not in EMBEDDINGS:
+    if len(both.new.shape) == 2 and leaf == "weight" and not both.grown and not EMBEDDINGS.fullmatch(module.rpartition(".")[2]):
         return LORA
     return WHOLE if leaf in ("weight", "bias") else NONE
 

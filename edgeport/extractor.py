@@ -37,7 +37,7 @@ from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_b
 from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
 from edgeport.patches.lora import CONFIG, TOKENIZER_FILES
-from edgeport.patches.lora_config import lora_config, spelled
+from edgeport.patches.lora_config import lora_config, spelled, task_of
 from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT
 from edgeport.places import MANIFEST, check_output
 from edgeport.registry import codec
@@ -269,7 +269,7 @@ def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appende
     biases = {name.removesuffix(".bias") for name in whole if name.endswith(".bias")}
     config = lora_config(
         ranks, alpha, alpha_pattern={name: rank for name, rank in ranks.items() if rank != alpha},
-        bias="all" if biases - set(saved) else "none", modules_to_save=saved or None,
+        task_type=task_of(plan.tuned.config), bias="all" if biases - set(saved) else "none", modules_to_save=saved or None,
         ensure_weight_tying=plan.tied and any(name.endswith(TIED_BY_PEFT) for name in whole),
     )  # fmt: skip
     (folder / CONFIG).write_bytes(spelled(config))

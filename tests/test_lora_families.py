@@ -15,6 +15,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
     CLIPVisionConfig,
@@ -78,6 +80,10 @@ def opt() -> Any:
 
 def bloom() -> Any:
     return BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2))
+
+
+def bert() -> Any:
+    return BertForMaskedLM(BertConfig(**SIZES, type_vocab_size=2))
 
 
 def t5() -> Any:
@@ -206,8 +212,10 @@ PUBLISHED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "bloom": (bloom, "transformer.", r"0\.mlp\.dense_h_to_4h\.weight|ln_f\.weight"),
     "opt": (opt, "model.", r"0\.fc1\.weight|decoder\.final_layer_norm\.weight"),
     "gemma 3": (gemma3, "", r"language_model\.layers\.0\.mlp\.up_proj\.weight|language_model\.norm\.weight"),
+    "bert": (bert, "", r"0\.attention\.self\.query\.weight|token_type_embeddings\.weight"),
 }
-"""What transformers calls otherwise when it has loaded it: a prefix that is not stored, language_model before model."""
+"""What transformers calls otherwise when it has loaded it (a prefix that is not stored, language_model before model), and what
+has tables that are no embeddings of tokens."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 NO_TARGET = "dummy-target-modules"
 """PEFT's word for an adapter that changes no layer by factors (`peft.utils.constants.DUMMY_TARGET_MODULES`)."""
+
+WRITES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration")
+"""Classes of transformers that PEFT takes for the task CAUSAL_LM: it asks them for what only writing text needs."""
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's `task_type` for a model with that config.json; None for one that does not write text."""
+    architecture = str(next(iter(config.get("architectures") or ()), "ForCausalLM"))
+    return "CAUSAL_LM" if WRITES.search(architecture) else None
 
 
 def lora_config(ranks: Mapping[str, int], alpha: int, **more: Any) -> dict[str, Any]:
