@@ -19,7 +19,7 @@ from edgeport.benchmark.score import answers, divergence, pair, perplexity, same
 from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult, UnknownName
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
-from tests.conftest import TinyLlama
+from tests.conftest import TinyLlama, randomize
 from tests.test_benchmark_questions import CHOICES, WRITTEN
 
 
@@ -74,6 +74,32 @@ def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
         expected, first = naive(folder, question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
         np.testing.assert_allclose(one.first, first, atol=1e-4)
+
+
+UNPACKABLE = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # a state along the row
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},  # biases by the place in the row
+}
+
+
+@pytest.mark.parametrize("kind", UNPACKABLE)
+def test_models_that_would_mix_the_texts_of_a_row(kind: str, tiny_llama: TinyLlama) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tiny_llama("other", vocab=300)
+    (folder / "model.safetensors").unlink()
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, vocab_size=300, num_key_value_heads=2, **sizes | UNPACKABLE[kind])
+    model = AutoModelForCausalLM.from_config(config)
+    randomize(model, 0, std=0.5)
+    model.save_pretrained(folder)
+    runner = open_runner(folder)
+    for question, one in zip(CHOICES, runner.judge([tree(runner, question) for question in CHOICES]), strict=True):
+        expected, first = naive(folder, question)
+        np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-3)
+        np.testing.assert_allclose(one.first, first, atol=1e-3)
+    prompts = [runner.encode(question.prompt) for question in WRITTEN]
+    assert runner.write(prompts, 6, []) == [text for prompt in prompts for text in runner.write([prompt], 6, [])]
 
 
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 PACK_TOKENS, PACK_BRANCHES = 512, 256
 WRITERS = 32
+PACKABLE = {"full_attention", "sliding_attention", "chunked_attention", "global"}
+"""Layers that a mask and positions tell all that there is of who sees whom, as configurations call them."""
 
 
 class FolderRunner:
@@ -33,7 +36,9 @@ class FolderRunner:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         if self.model.device.type != self.device and not hasattr(self.model, "hf_quantizer"):
             self.model.to(self.device)
-        self.window = sliding_window(self.model.config)
+        alone = not packable(self.model)
+        self.window = 0 if alone else sliding_window(self.model.config)
+        self.writers = 1 if alone else WRITERS
         start = self.tokenizer.bos_token_id
         self.start = int(self.tokenizer.eos_token_id if start is None else start)
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
@@ -51,7 +56,7 @@ class FolderRunner:
                 yield from self._judged(pack, self.mask(pack))
                 continue
             for tree in group:
-                # a mask of ours would take the place of the model's own, which only some layers cut off
+                # a mask of ours would take the place of the model's own, which only some layers cut off, or which is not all
                 alone = (Pack.of([Tree(tree.prompt, [branch])]) for branch in tree.branches)
                 yield together([judged for pack in alone for judged in self._judged(pack, None)])
 
@@ -80,7 +85,7 @@ class FolderRunner:
         return added
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
-        several = (prompts[start : start + WRITERS] for start in range(0, len(prompts), WRITERS))
+        several = (prompts[start : start + self.writers] for start in range(0, len(prompts), self.writers))
         return [text for some in several for text in self._write(some, tokens, stops)]
 
     def _write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
@@ -105,6 +110,15 @@ class FolderRunner:
                 pad_token_id=padding, temperature=None, top_p=None, top_k=None, stopping_criteria=[stopped],
             )  # fmt: skip
         return self.tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def packable(model: Any) -> bool:
+    """Whether texts can share a row. Layers that carry a state along it, biases by the place in it (ALiBi) and windows that
+    are cut out of it would let one text into the next, whatever the mask."""
+    text = model.config.get_text_config()
+    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "attention_layers", None) or ())}
+    placed = "position_ids" in signature(model.forward).parameters and not getattr(text, "alibi", False)
+    return placed and not model._is_stateful and layers <= PACKABLE
 
 
 def sliding_window(config: Any) -> int:
