@@ -22,7 +22,7 @@ from edgeport.benchmark.questions import write_questions
 from edgeport.benchmark.results import EVOLVED, MODELS, PORTED, REFIT, TUNED, Results, Row, with_gain_kept
 from edgeport.benchmark.runner import open_runner
 from edgeport.benchmark.score import perplexity, same, tree
-from edgeport.benchmark.suite import Bench, Case, Precision, completed, entry
+from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, completed, entry
 from edgeport.cli import app
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
@@ -98,6 +98,27 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatc
     monkeypatch.setattr("edgeport.benchmark.suite.child", made)
     with pytest.raises(EdgeportError, match="made new"):
         list(bench.one("another", [case], "evolved base", precision, ["export", "new"]))
+
+
+def test_only_ports_are_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others no row says the divergence, and between an old base's vocabulary and a grown one there is none."""
+    asked: list[str] = []
+
+    def made(arguments: Sequence[str]) -> dict[str, Any]:
+        return {"bytes_out": 1, "survival": None, "seconds": 0.0, "peak_ram_bytes": 1, "peak_above_import_bytes": 1}
+
+    def answered(command: Sequence[str], input: str, **_: Any) -> Any:
+        (task,) = json.loads(input)["tasks"]
+        asked.append("keep" if task["keep"] else "against" if task["against"] else "neither")
+        found = {"tasks": [{"right": [True] * 3, "kl": None, "seconds": 0.0}], "peak_ram_bytes": 1, "perplexity": None}
+        return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
+
+    monkeypatch.setattr("edgeport.benchmark.suite.child", made)
+    monkeypatch.setattr("edgeport.benchmark.suite.subprocess.run", answered)
+    bench = Bench(tmp_path, [Precision("gguf", "bf16"), Precision("gguf", "Q8_0")])
+    rows = list(bench.measure(Evolution("e", "new", "old"), [Case("t", CHOICES, "patch", "refit")]))
+    roles = [(row.model, role) for row, role in zip(rows, asked, strict=True) if role != "neither"]
+    assert len(rows) == 8 and roles == [(PORTED, "keep"), (PORTED, "against")]
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ class Bench:
             place = precision.path(Path(folder), "model")
             arguments = [*command, "-o", str(place), *precision.flags, *self.extra]
             receipt = child(["-P", "-m", "edgeport", *arguments, "--json", "--no-progress"])
-            found = self.ask(place, cases, "keep" if first else "against")
+            # of other models no row says the divergence, and an old base may have another vocabulary
+            found = self.ask(place, cases, "keep" if first else "against" if model == PORTED else None)
         patched = model not in (OLD, EVOLVED)
         for key, case, answers in zip(told, cases, found["tasks"], strict=True):
             right = answers["right"]
@@ -167,12 +168,15 @@ class Bench:
         lines = self.journal.read_text().splitlines() if self.journal and self.journal.exists() else []
         return {key: (row, right) for key, row, right in map(json.loads, lines)}
 
-    def ask(self, model: Path, cases: Sequence[Case], role: str) -> dict[str, Any]:
-        """The answers of a model. `role`: keep its distributions, or compare them with those that were kept."""
+    def ask(self, model: Path, cases: Sequence[Case], role: str | None) -> dict[str, Any]:
+        """The answers of a model. `role`: keep its distributions, compare them with those that were kept, or neither."""
         tasks = [
-            {"questions": str(self.questions(case)), "keep": None, "against": None, role: str(self.rows_file(case))}
+            {
+                "questions": str(self.questions(case)), "keep": None, "against": None,
+                **({role: str(self.rows_file(case))} if role else {}),
+            }
             for case in cases
-        ]
+        ]  # fmt: skip
         job = {"model": str(model), "text": str(self.text) if self.text else None, "tasks": tasks}
         done = subprocess.run(
             [sys.executable, "-P", "-m", "edgeport.benchmark.score"], input=json.dumps(job), capture_output=True, text=True
