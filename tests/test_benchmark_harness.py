@@ -20,7 +20,10 @@ from tests.conftest import TinyLlama
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
 
 PAIRS = [("the patch is", " added to the base"), ("Diagnosis: melanoma ", "of the skin"), ("def port(", "base")]
-PROMPTS = [("one block of", {"until": ["\n"], "max_gen_toks": 6}), ("Diagnosis:", {"until": "e", "max_gen_toks": 8})]
+PROMPTS = [
+    ("one block of", {"until": ["\n"], "max_gen_toks": 6}), ("Diagnosis:", {"until": "e", "max_gen_toks": 8}),
+    ("one block of", {"until": ["\n"], "max_new_tokens": 5}),
+]  # fmt: skip
 
 
 def requests(kind: Any, arguments: list[Any]) -> list[Any]:
@@ -49,6 +52,9 @@ def test_the_adapter_scores_as_the_harness_does(container: str, tiny_llama: Tiny
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=2e-2)
     written = ours.generate_until(requests("generate_until", PROMPTS))
     assert written == theirs.generate_until(requests("generate_until", PROMPTS))
+    prompt, settings = PROMPTS[0]
+    also_empty = [(prompt, {**settings, "until": ["", *settings["until"]]})]
+    assert ours.generate_until(requests("generate_until", also_empty)) == written[:1]
 
 
 OPTIONS = (" surgery", " skin", " eye")

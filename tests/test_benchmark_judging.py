@@ -161,11 +161,15 @@ def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
 
 
 def test_what_the_harness_asks_and_gets_not_is_refused() -> None:
-    check_arguments({"batch_size": 1, "max_batch_size": None, "device": "cpu"})
-    with pytest.raises(UnknownName, match="--model_args dtipo: edgeport's model takes path=MODEL alone"):
-        check_arguments({"dtipo": "x", "device": "cpu"})
-    check_greedy({"until": ["e"], "do_sample": False, "temperature": 0.0})
-    for settings in ({"do_sample": True}, {"num_beams": 4}):
+    check_arguments("m.gguf", {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+    for name in ("dtipo", "pretrained"):
+        with pytest.raises(UnknownName, match=f"--model_args {name}: edgeport's model takes path=MODEL alone"):
+            check_arguments("", {name: "x", "device": "cpu"})
+    with pytest.raises(UnknownName, match="--model_args has to be path=MODEL"):
+        check_arguments("", {"device": "cpu"})
+    for mild in ({"until": ["e"], "temperature": 0.0}, {"do_sample": False, "temperature": 0.7}, {"temperature": None}):
+        check_greedy(mild)
+    for settings in ({"do_sample": True}, {"num_beams": 4}, {"temperature": 0.7}):
         with pytest.raises(UnknownName, match="samples or beams"):
             check_greedy(settings)
 

@@ -24,6 +24,8 @@ GIVEN = {"batch_size", "max_batch_size", "device"}
 """What the harness tells every model. Texts are packed here, and go to the device that there is."""
 NEW_TOKENS = 256
 """What a task that says nothing may write."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The names under which a task may say it, the first that it has before the others."""
 
 
 @cache
@@ -37,9 +39,9 @@ def register() -> None:
     class Edgeport(model.LM):  # type: ignore[misc]
         """A GGUF file, or a folder of transformers or ONNX; each request's `args` are texts."""
 
-        def __init__(self, path: str, **more: Any) -> None:
+        def __init__(self, path: str = "", **more: Any) -> None:
             super().__init__()
-            check_arguments(more)
+            check_arguments(path, more)
             self.runner = open_runner(Path(path))
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -55,8 +57,9 @@ def register() -> None:
         def written(self, prompt: str, settings: dict[str, Any]) -> str:
             check_greedy(settings)
             until = settings.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
-            tokens = settings.get("max_gen_toks", NEW_TOKENS)
+            # an empty one stands at every text's begin, and the harness does not cut there either
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            tokens = longest(settings)
             seen = self.runner.encode(prompt)[-max(self.runner.positions - tokens, 1) :]
             text = self.runner.write([seen], tokens, stops)[0]
             return text[: min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])]
@@ -64,15 +67,25 @@ def register() -> None:
     registry.register_model("edgeport")(Edgeport)
 
 
-def check_arguments(more: Mapping[str, Any]) -> None:
-    """Raises UnknownName for what `--model_args` gives beside the path."""
+def check_arguments(path: str, more: Mapping[str, Any]) -> None:
+    """Raises UnknownName for what `--model_args` gives beside the path, and without one."""
     if unknown := more.keys() - GIVEN:
         raise UnknownName(f"--model_args {', '.join(sorted(unknown))}: edgeport's model takes path=MODEL alone")
+    if not path:
+        raise UnknownName("--model_args has to be path=MODEL: a GGUF file, or a folder of transformers or ONNX")
+
+
+def longest(settings: Mapping[str, Any]) -> int:
+    """Tokens that a task may write."""
+    return next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), NEW_TOKENS)
 
 
 def check_greedy(settings: Mapping[str, Any]) -> None:
-    """Raises UnknownName where a task wants to be written otherwise."""
-    if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
+    """Raises UnknownName where a task wants to be written otherwise. A temperature means samples unless it says not."""
+    sampled = settings.get("do_sample")
+    if sampled is None:
+        sampled = (settings.get("temperature") or 0) > 0
+    if sampled or settings.get("num_beams", 1) != 1:
         raise UnknownName("the task wants samples or beams, and edgeport writes the likeliest token each time")
 
 
