@@ -176,7 +176,10 @@ def test_what_the_harness_asks_and_gets_not_is_refused() -> None:
 
 @pytest.fixture
 def turning(tiny_llama: TinyLlama) -> dict[str, Path]:
-    """A model that after WRITTEN[0] opens a turn, with the token <s>, and goes on with text in it; in every container."""
+    """A model that after WRITTEN[0] opens a turn, with the token <s>, and goes on with text in it; in every container.
+
+    The tokenizer has no role for the token, as Llama 3's has none for its <|eot_id|>: it is special, and that is all.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,6 +195,9 @@ def turning(tiny_llama: TinyLlama) -> dict[str, Path]:
     model.save_pretrained(folder)
     written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2)[0, -2:].tolist()
     assert written == [opening, text]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return in_every_container(folder)
 
 

@@ -96,7 +96,8 @@ class FolderRunner:
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
         seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
 
-        controls = set(self.tokenizer.all_special_ids)
+        added = self.tokenizer.added_tokens_decoder
+        controls = {*self.tokenizer.all_special_ids, *(token for token, one in added.items() if one.special)}
 
         def stopped(rows: Tensor, scores: Any, **_: Any) -> Tensor:
             texts = self.tokenizer.batch_decode(rows[:, width:])
