@@ -135,6 +135,7 @@ def test_a_tokenizer_that_ends_every_text(container: str, tiny_llama: TinyLlama)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "add_eos_token": True}))
     runner = open_runner(in_every_container(folder)[container])
     assert runner.encode("the patch is added") == [1, *plain] and runner.encode("") == [1]
+    assert runner.encode("<s>the patch is added") == [1, *plain]  # one start, as in lm-evaluation-harness
     asked = pair(runner, "the patch is", " added")
     assert [*asked.prompt, *asked.branches[0]] == [1, *plain]
 

@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opening, together
+from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opened, opening, together
 from edgeport.device import choose
 from edgeport.errors import need
 
@@ -44,7 +44,7 @@ class FolderRunner:
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:
-        return self.opening + self.bare(text)
+        return opened(self.opening, self.bare(text))
 
     def bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups
+from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opened
 from edgeport.errors import NotACheckpoint, need
 from edgeport.quiet import silence
 
@@ -41,7 +41,7 @@ class LlamaRunner:
         ids = (self.llama.llama_token * (len(data) + 8))()
         # neither start nor end of llama.cpp's own, and control tokens as such
         count = self.llama.llama_tokenize(self.vocabulary, data, len(data), ids, len(ids), False, True)
-        return [*([self.start] if self.llama.llama_vocab_get_add_bos(self.vocabulary) else []), *ids[:count]]
+        return opened([self.start] if self.llama.llama_vocab_get_add_bos(self.vocabulary) else [], ids[:count])
 
     def judge(self, trees: Sequence[Tree]) -> Iterator[Judged]:
         room = max([BATCH_TOKENS, *(tree.tokens for tree in trees)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgeport.benchmark.llama import threads
-from edgeport.benchmark.runner import Judged, Tree, log_softmax, opening
+from edgeport.benchmark.runner import Judged, Tree, log_softmax, opened, opening
 from edgeport.errors import NotACheckpoint
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
@@ -33,7 +33,7 @@ class OnnxRunner:
         self.positions = self.runner.positions
 
     def encode(self, text: str) -> list[int]:
-        return self.opening + self.bare(text)
+        return opened(self.opening, self.bare(text))
 
     def bare(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -73,7 +73,7 @@ class Runner(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with a start token where the model wants one, and no end: what a model is asked goes on. What spells a
+        """Token ids, with one start token where the model wants it, and no end: what a model is asked goes on. What spells a
         control token is one."""
         ...
 
@@ -95,6 +95,11 @@ def opening(encode: Callable[[str], list[int]], bare: Callable[[str], list[int]]
     whole, inner = encode(WORD), bare(WORD)
     places = range(len(whole) - len(inner) + 1)
     return whole[: next((place for place in places if whole[place : place + len(inner)] == inner), 0)]
+
+
+def opened(opening: list[int], ids: list[int]) -> list[int]:
+    """A text's tokens with what stands before every text, once: a chat template that is written into a prompt has it too."""
+    return ids if ids[: len(opening)] == opening else opening + ids
 
 
 RUNNERS = {"gguf": "edgeport.benchmark.llama", "hf": "edgeport.benchmark.folder", "onnx": "edgeport.benchmark.onnx"}
