@@ -267,6 +267,8 @@ def test_a_model_that_computes_no_numbers(tiny_llama: TinyLlama) -> None:
     save_file({**tensors, NORM: tensors[NORM] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFiniteResult, match="NaN or infinity at question 1"):
         answers(open_runner(folder), CHOICES, None, None)
+    with pytest.raises(NonFiniteResult, match="NaN or infinity on the text of --text"):
+        perplexity(open_runner(folder), "the patch is added to the base")
 
 
 def test_groups_hold_what_they_may() -> None:

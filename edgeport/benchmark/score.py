@@ -137,7 +137,10 @@ def perplexity(runner: Runner, text: str) -> float:
         raise NotACheckpoint("the text of --text is a single token to the model; give one of some hundred words")
     spread = [pieces[number * len(pieces) // CHUNKS] for number in range(CHUNKS)] if len(pieces) > CHUNKS else pieces
     judged = runner.judge([Tree(piece[:1], [piece[1:]]) for piece in spread])
-    return exp(-sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread))
+    surprise = -sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread)
+    if not isfinite(surprise):  # 16-bit floats may hold a short question and not a longer text
+        raise NonFiniteResult("the model computes NaN or infinity on the text of --text; its weights are damaged, or overflow")
+    return exp(surprise)
 
 
 def cut(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
