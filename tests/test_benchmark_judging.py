@@ -124,15 +124,20 @@ ENDING = {"type": "TemplateProcessing", "single": [
 }}  # fmt: skip
 
 
+def end_every_text(folder: Path) -> None:
+    """Make a tokenizer put <s> before and </s> after what it reads."""
+    spelled = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spelled | {"post_processor": ENDING}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "add_eos_token": True}))
+
+
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_a_tokenizer_that_ends_every_text(container: str, tiny_llama: TinyLlama) -> None:
     """An end between prompt and option, or in an option's place, would be what the model is asked about."""
     folder = tiny_llama("ending", vocab=300)
     plain = open_runner(folder).encode("the patch is added")
-    spelled = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(spelled | {"post_processor": ENDING}))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "add_eos_token": True}))
+    end_every_text(folder)
     runner = open_runner(in_every_container(folder)[container])
     assert runner.encode("the patch is added") == [1, *plain] and runner.encode("") == [1]
     assert runner.encode("<s>the patch is added") == [1, *plain]  # one start, as in lm-evaluation-harness
@@ -218,6 +223,24 @@ def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Pa
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(models["hf"])(ids, labels=ids).loss.exp().item()
     assert perplexity(open_runner(models[container]), text) == pytest.approx(expected, rel=2e-3)
+
+
+def test_each_piece_of_a_text_begins_as_a_text_does(tiny_llama: TinyLlama) -> None:
+    """As llama.cpp's own perplexity puts the start token before each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_llama("starting", vocab=300)
+    text = "the patch is added to the base, one block of one weight at a time " * 12
+    ids, width = open_runner(folder).encode(text), 128 - 1
+    end_every_text(folder)
+    assert len(ids) > width
+    model, lost = AutoModelForCausalLM.from_pretrained(folder), 0.0
+    for at in range(0, len(ids), width):
+        piece = torch.tensor([[1, *ids[at : at + width]]])
+        with torch.no_grad():
+            lost += model(piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+    assert perplexity(open_runner(folder), text) == pytest.approx(float(np.exp(lost / len(ids))), rel=1e-4)
 
 
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])

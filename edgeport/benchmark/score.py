@@ -130,14 +130,16 @@ def read_text(path: Path) -> str:
 
 
 def perplexity(runner: Runner, text: str) -> float:
-    """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own."""
-    ids = runner.encode(text)
-    pieces = list(cut(ids, min(CHUNK_TOKENS, runner.positions)))
+    """Of up to CHUNKS pieces of CHUNK_TOKENS tokens, spread evenly over the text, each read on its own, as a text of its own:
+    without its start token, where the model wants one, a Gemma says next to nothing right."""
+    opening = runner.encode("")
+    ids = runner.encode(text)[len(opening) :]
+    pieces = list(cut(ids, min(CHUNK_TOKENS, runner.positions) - len(opening)))
     if not pieces:
         raise NotACheckpoint("the text of --text is a single token to the model; give one of some hundred words")
     spread = [pieces[number * len(pieces) // CHUNKS] for number in range(CHUNKS)] if len(pieces) > CHUNKS else pieces
-    judged = runner.judge([Tree(piece[:1], [piece[1:]]) for piece in spread])
-    surprise = -sum(one.loglikelihoods[0] for one in judged) / sum(len(piece) - 1 for piece in spread)
+    trees = [Tree(opening, [piece]) if opening else Tree(piece[:1], [piece[1:]]) for piece in spread]
+    surprise = -sum(one.loglikelihoods[0] for one in runner.judge(trees)) / sum(len(one.branches[0]) for one in trees)
     if not isfinite(surprise):  # 16-bit floats may hold a short question and not a longer text
         raise NonFiniteResult("the model computes NaN or infinity on the text of --text; its weights are damaged, or overflow")
     return exp(surprise)
