@@ -72,6 +72,13 @@ def test_the_error_of_a_kept_gain_is_that_of_many_draws() -> None:
     assert "| 56% ± 10 |" in Results("c", [], 0, list(found.values())).markdown()
 
 
+def test_three_questions_are_no_certainty() -> None:
+    """None right of three, and all of three: sixty points or so may be chance on either side."""
+    right = {EVOLVED: [False] * 3, PORTED: [True] * 3, REFIT: [True] * 3}
+    ported = completed([(row(model, "bf16", answers), answers) for model, answers in right.items()], "bf16")[1]
+    assert ported.gain_kept == 1.0 and ported.gain_error is not None and 0.3 < ported.gain_error < 0.6
+
+
 def test_rows_alone_say_what_they_can() -> None:
     """A refit without its base, and a port in fewer bits without the one it is compared with."""
     given = {(REFIT, "bf16"): [True, True], (PORTED, "Q4_0"): [True, False]}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeport import __version__
-from edgeport.demo.triage import Z_95, accuracy_interval
+from edgeport.demo.triage import accuracy_interval
 from edgeport.memory import in_words
 from edgeport.report import table
 
@@ -161,8 +161,9 @@ def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
 
 
 def error(weights: Mapping[Row, float]) -> float:
-    """Half of the 95 % interval of a weighted sum of accuracies."""
-    return Z_95 * sqrt(sum(weight**2 * row.accuracy * (1 - row.accuracy) / row.total for row, weight in weights.items()))
+    """Half of the 95 % interval of a weighted sum of accuracies, from each one's own: Wilson's is not nothing at 0 and at 1."""
+    halves = {row: (row.interval[1] - row.interval[0]) / 2 for row in weights}
+    return sqrt(sum((weight * halves[row]) ** 2 for row, weight in weights.items()))
 
 
 def share(kept: float | None, error: float | None) -> str:
