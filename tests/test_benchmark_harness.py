@@ -55,6 +55,9 @@ def test_the_adapter_scores_as_the_harness_does(container: str, tiny_llama: Tiny
     prompt, settings = PROMPTS[0]
     also_empty = [(prompt, {**settings, "until": ["", *settings["until"]]})]
     assert ours.generate_until(requests("generate_until", also_empty)) == written[:1]
+    texts = ["the patch is", " the patch is added to the base" * 30]
+    rolled = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
+    assert rolled == pytest.approx(theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts)), rel=1e-4)
 
 
 OPTIONS = (" surgery", " skin", " eye")

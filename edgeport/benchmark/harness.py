@@ -102,10 +102,12 @@ def shortened(tree: Tree, positions: int) -> Tree:
 
 
 def rolling(runner: Runner, text: str) -> float:
-    """Log-likelihood in nats of all of a text's tokens, each window of them after the one token before it."""
+    """Log-likelihood in nats of all of a text's tokens, each window of them after the one token before it, and the last, which
+    may be shorter, after as many as there is room for: as in the harness' `get_rolling_token_windows`."""
     ids = [*(() if runner.encode("") else (runner.start,)), *runner.encode(text)]
     width = min(WINDOW, runner.positions)
-    trees = [Tree(ids[at : at + 1], [ids[at + 1 : at + 1 + width]]) for at in range(0, len(ids) - 1, width)]
+    windows = [(start, min(start + width, len(ids) - 1)) for start in range(0, len(ids) - 1, width)]
+    trees = [Tree(ids[max(stop - width, 0) : start + 1], [ids[start + 1 : stop + 1]]) for start, stop in windows]
     return sum(judged.loglikelihoods[0] for judged in runner.judge(trees))
 
 
