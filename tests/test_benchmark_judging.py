@@ -13,6 +13,7 @@ import pytest
 import edgeport
 from bench.spoiling import NORM
 from edgeport.benchmark.harness import check_arguments, check_greedy, rolling, shortened
+from edgeport.benchmark.llama import BATCH_TOKENS
 from edgeport.benchmark.questions import BadQuestions, Choice
 from edgeport.benchmark.runner import Tree, groups, open_runner
 from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
@@ -74,6 +75,20 @@ def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
         expected, first = naive(folder, question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
         np.testing.assert_allclose(one.first, first, atol=1e-4)
+
+
+def test_a_cache_for_the_prompts_there_are(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness asks for one long answer at a time; where there is no memory, llama.cpp gives no context and goes on."""
+    runner = open_runner(models["gguf"])
+    sizes: list[int] = []
+
+    def full(model: Any, parameters: Any) -> None:
+        sizes.append(parameters.n_ctx)
+
+    monkeypatch.setattr("llama_cpp.llama_init_from_model", full)
+    with pytest.raises(EdgeportError, match="no memory for a cache of"):
+        runner.write([runner.encode("the patch")], 1000, ["\n"])
+    assert sizes == [BATCH_TOKENS + 1000]
 
 
 UNPACKABLE = {

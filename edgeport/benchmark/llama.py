@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opened
-from edgeport.errors import NotACheckpoint, need
+from edgeport.errors import EdgeportError, NotACheckpoint, need
 from edgeport.quiet import silence
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class LlamaRunner:
         room = max([BATCH_TOKENS, *map(len, prompts)])
         trees = [Tree(prompt, [[0]]) for prompt in prompts]
         texts: list[str] = []
-        with Session(self, room, room + WRITERS * tokens) as session:
+        with Session(self, room, room + min(WRITERS, len(prompts)) * tokens) as session:
             for group in groups(trees, room, WRITERS):
                 texts += self._write([tree.prompt for tree in group], tokens, stops, session)
         return texts
@@ -120,6 +120,8 @@ class Session:
         parameters.n_seq_max, parameters.kv_unified = SEQUENCES, True
         parameters.n_threads = parameters.n_threads_batch = threads()
         self.context = self.llama.llama_init_from_model(runner.model, parameters)
+        if not self.context:
+            raise EdgeportError(f"llama.cpp finds no memory for a cache of {cache_tokens} tokens; free some")
         self.batch = self.llama.llama_batch_init(batch_tokens, 0, SEQUENCES)
 
     def __enter__(self) -> Session:
