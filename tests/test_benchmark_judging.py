@@ -14,7 +14,7 @@ import edgeport
 from bench.spoiling import NORM
 from edgeport.benchmark.harness import check_arguments, check_greedy, rolling, shortened
 from edgeport.benchmark.llama import BATCH_TOKENS
-from edgeport.benchmark.questions import BadQuestions, Choice
+from edgeport.benchmark.questions import BadQuestions, Choice, Generation
 from edgeport.benchmark.runner import Tree, groups, open_runner
 from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
 from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult, UnknownName
@@ -75,6 +75,15 @@ def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
         expected, first = naive(folder, question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
         np.testing.assert_allclose(one.first, first, atol=1e-4)
+
+
+def test_a_model_writes_on_after_the_line_s_end_of_a_prompt(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = open_runner(models["hf"])
+    given: list[list[int]] = []
+    monkeypatch.setattr(runner, "write", lambda prompts, *_: given.extend(prompts) or ["one", "two"])
+    questions = [Generation("the patch is\n", "one"), Generation("the patch ", "two")]
+    assert answers(runner, questions, None, None)["right"] == [True, True]
+    assert given == [runner.encode("the patch is\n"), runner.encode("the patch")]
 
 
 def test_a_cache_for_the_prompts_there_are(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,16 +56,24 @@ def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
     return Tree(ids or [runner.start], branches)
 
 
+def written_from(runner: Runner, question: Asked) -> list[int]:
+    """What a model writes on from: spaces at the end belong to the next word, and a line's end to the prompt, which a chat
+    template may have before an answer."""
+    return runner.encode(question.prompt.rstrip(" "))
+
+
 def check_lengths(runner: Runner, questions: Sequence[Asked], trees: Sequence[Tree], longest: int) -> None:
     """Raises BadQuestions for one that is longer than the texts that the model was made for: not every runtime would say so.
 
     `longest`: tokens that the model may write.
     """
     for number, (question, tree) in enumerate(zip(questions, trees, strict=True), 1):
-        after = longest if isinstance(question, Generation) else max(map(len, tree.branches))
-        if len(tree.prompt) + after > runner.positions:
+        written = isinstance(question, Generation)
+        before = len(written_from(runner, question) if written else tree.prompt)
+        after = longest if written else max(map(len, tree.branches))
+        if before + after > runner.positions:
             raise BadQuestions(
-                f"question {number} ({question.prompt[:40]!r} ...) takes {len(tree.prompt)} tokens and its answer up to {after}, "
+                f"question {number} ({question.prompt[:40]!r} ...) takes {before} tokens and its answer up to {after}, "
                 f"and the model has positions for {runner.positions}; shorten the prompt or leave the question out"
             )
 
@@ -92,7 +100,8 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
                 if reference:
                     divergences.append(divergence(reference, judged))
     if written:
-        texts = runner.write([trees[number].prompt for number in written], longest, ("\n",))
+        prompts = [written_from(runner, questions[number]) for number in written]
+        texts = runner.write(prompts, longest, ("\n",))
         for number, text in zip(written, texts, strict=True):
             question = questions[number]
             right[number] = isinstance(question, Generation) and same(text, question.target)
