@@ -237,6 +237,20 @@ def test_an_answer_ends_where_another_turn_begins(container: str, turning: dict[
     assert runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])[0] == ""
 
 
+def test_a_tokenizer_whose_tokens_have_no_roles(turning: dict[str, Path]) -> None:
+    """Nor does the model name its end: then transformers writes on in a row that has ended, as long as another goes on."""
+    settings = json.loads((turning["hf"] / "tokenizer_config.json").read_text())
+    roles = {name for name in settings if name.endswith("_token")}
+    (turning["hf"] / "tokenizer_config.json").write_text(json.dumps({name: settings[name] for name in settings.keys() - roles}))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((turning["hf"] / name).read_text())
+        (turning["hf"] / name).write_text(json.dumps({**config, "eos_token_id": None}))
+    runner = open_runner(turning["hf"])
+    assert runner.start == 1
+    texts = runner.write([runner.encode(question.prompt) for question in WRITTEN], 6, ["\n"])
+    assert texts[0] == "" and texts[1]
+
+
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_perplexity_is_that_of_transformers(container: str, models: dict[str, Path]) -> None:
     import torch

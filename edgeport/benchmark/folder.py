@@ -39,8 +39,8 @@ class FolderRunner:
         alone = not packable(self.model)
         self.window = 0 if alone else sliding_window(self.model.config)
         self.writers = 1 if alone else WRITERS
-        start = self.tokenizer.bos_token_id
-        self.start = int(self.tokenizer.eos_token_id if start is None else start)
+        named = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.model.config.get_text_config().bos_token_id
+        self.start = next((int(token) for token in named if token is not None), 0)
         self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
 
     def encode(self, text: str) -> list[int]:
@@ -91,8 +91,7 @@ class FolderRunner:
     def _write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         torch = self.torch
         width = max(map(len, prompts))
-        stop = self.tokenizer.eos_token_id
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop
+        padding = self.start if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
         seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
 
@@ -110,7 +109,9 @@ class FolderRunner:
                 input_ids=ids, attention_mask=seen, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
                 pad_token_id=padding, temperature=None, top_p=None, top_k=None, stopping_criteria=[stopped],
             )  # fmt: skip
-        return self.tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+        # behind its end a row has padding, or what the model went on with while others wrote
+        ends = [next((place for place, token in enumerate(row) if token in controls), tokens) for row in rows[:, width:].tolist()]
+        return [self.tokenizer.decode(row[width : width + end]) for row, end in zip(rows, ends, strict=True)]
 
 
 def packable(model: Any) -> bool:
