@@ -5,7 +5,8 @@ python -m bench.gate chain1 chain3 --evolved DIR             # those that `bench
 
 Pairs that the suite's results have no port of are left out; those that an earlier run wrote down stay. *Lost* is the share
 of what the patch brings on its own base: (tuned old base - ported) / (tuned old base - old base), in the reference precision,
-and needs no refit. At the table's foot is each figure's rank correlation with it.
+and needs no refit. At the table's foot is each figure's rank correlation with it, over all pairs, and over the evolutions that
+one patch meets (the mean over the tasks that have three or more).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import StatisticsError, correlation
+from statistics import StatisticsError, correlation, mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,6 +28,8 @@ from edgeport.report import say, table
 
 RESULTS = Path(__file__).with_name("results")
 FIGURES = ("change", "drift", "cosine", "read", "written", "along")
+FEWEST = 3
+"""Pairs of a task that can tell an order."""
 HEAD = ("task", "evolution", *FIGURES, "verdict", "tuned old base", "ported", "lost")
 
 
@@ -72,15 +75,25 @@ def agreement(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
         return None
 
 
+def within(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
+    """The mean of the tasks' own agreements: does it order what one patch meets?"""
+    of_tasks = ([pair for pair in pairs if pair["task"] == task] for task in {pair["task"] for pair in pairs})
+    found = [agreement(some, figure) for some in of_tasks if len(some) >= FEWEST]
+    told = [one for one in found if one is not None]
+    return mean(told) if told else None
+
+
 def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [pair["task"], pair["evolution"], *(f"{pair[name]:.4f}" for name in FIGURES), pair["verdict"],
          f"{pair['tuned']:.1%}", f"{pair['ported']:.1%}", f"{pair['lost']:.0%}"]
         for pair in pairs
     ]  # fmt: skip
-    found = [agreement(pairs, name) for name in FIGURES]
-    foot = ["", "rank correlation", *("-" if one is None else f"{one:.2f}" for one in found), "", "", "", ""]
-    return table(HEAD, [*lines, foot])
+    foot = [
+        ["", name, *("-" if one is None else f"{one:.2f}" for one in (of(pairs, figure) for figure in FIGURES)), "", "", "", ""]
+        for name, of in (("rank correlation", agreement), ("within a task", within))
+    ]
+    return table(HEAD, [*lines, *foot])
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import edgeport
-from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown
+from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown, within
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Results, Row
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -47,6 +47,17 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
 def test_equal_values_share_a_rank() -> None:
     assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1, 2.5, 4]
     assert agreement([{"read": 1.0, "lost": 2.0}, {"read": 1.0, "lost": 3.0}], "read") is None
+
+
+def test_what_one_patch_meets_is_ordered_by_itself() -> None:
+    """Two tasks whose losses are far apart, each growing with the drift; a third has too few pairs to tell."""
+    found = {"triage": [0.1, 0.2, 0.3], "legs": [0.5, 0.6, 0.7], "sums": [0.9, 0.8]}
+    pairs = [
+        {"task": task, "drift": float(at + len(task)), "lost": lost}
+        for task, losses in found.items() for at, lost in enumerate(losses)
+    ]  # fmt: skip
+    assert within(pairs, "drift") == pytest.approx(1) and (agreement(pairs, "drift") or 0) < 0
+    assert within(pairs[-2:], "drift") is None
 
 
 def test_the_published_table_is_of_its_figures_and_of_the_suites_rows() -> None:
