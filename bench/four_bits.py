@@ -52,8 +52,7 @@ def write_importance(model: Path, path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    causal: Any = AutoModelForCausalLM
-    peer = causal.from_pretrained(model, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, _: Any, inputs: tuple[torch.Tensor]) -> None:

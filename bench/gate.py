@@ -22,6 +22,7 @@ from typing import Any
 import edgeport
 from bench.suite import FEW, PATCHES, STAGES, evolved_of, patch_of
 from edgeport.benchmark.results import OLD, PORTED, TUNED, Results, Row
+from edgeport.benchmark.results import shown as in_digits
 from edgeport.benchmark.suite import Precision
 from edgeport.demo import packaged_model
 from edgeport.report import say, table
@@ -90,7 +91,7 @@ def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
         for pair in pairs
     ]  # fmt: skip
     foot = [
-        ["", name, *("-" if one is None else f"{one:.2f}" for one in (of(pairs, figure) for figure in FIGURES)), "", "", "", ""]
+        ["", name, *(in_digits(of(pairs, figure), ".2f") for figure in FIGURES), "", "", "", ""]
         for name, of in (("rank correlation", agreement), ("within a task", within))
     ]
     return table(HEAD, [*lines, *foot])

@@ -62,8 +62,8 @@ def make(name: str, folder: Path) -> list[int]:
     settings = SMALL | FAMILIES[name]
     torch.manual_seed(0)
     kind = settings.pop("model_type")
-    classes: Any = AutoModelForCausalLM
-    model = classes.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
+    causal: Any = AutoModelForCausalLM
+    model = causal.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
     model.save_pretrained(folder)

@@ -98,7 +98,7 @@ def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
         yield name, folder / name, model
     real = folder / "real"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
-    model = causal.from_pretrained(real, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32, attn_implementation="eager")
     yield "SmolLM2-135M (real, of Q4_1)", real, model
 
 
@@ -200,7 +200,7 @@ def cuda(scratch: Path, model: Path | None = None, tokens: int = 100) -> Iterato
     real = scratch / "hf"
     edgeport.export(model=model or packaged_model(), output=real, to="hf", quant="f32")
     causal: Any = AutoModelForCausalLM
-    peer = causal.from_pretrained(real, dtype=torch.float32).eval()
+    peer = causal.from_pretrained(real, dtype=torch.float32)
     asked = text(peer.config.vocab_size)
     with torch.no_grad():
         theirs = peer(torch.from_numpy(asked)).logits.numpy()

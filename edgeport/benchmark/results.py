@@ -150,18 +150,18 @@ def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
         if evolved is None or refit is None or row.model not in (PORTED, REFIT):
             return replace(row, gain_kept=None, gain_error=None)
         gain = refit.accuracy - evolved.accuracy
-        if gain <= error({evolved: 1.0, refit: 1.0}):
+        if gain <= half_interval({evolved: 1.0, refit: 1.0}):
             return replace(row, gain_kept=None, gain_error=None)
         kept = (row.accuracy - evolved.accuracy) / gain
         if row.key == refit.key:
             return replace(row, gain_kept=kept, gain_error=None)
-        return replace(row, gain_kept=kept, gain_error=error({row: 1.0, refit: kept, evolved: 1 - kept}) / gain)
+        return replace(row, gain_kept=kept, gain_error=half_interval({row: 1.0, refit: kept, evolved: 1 - kept}) / gain)
 
     return [one(row) for row in rows]
 
 
-def error(weights: Mapping[Row, float]) -> float:
-    """Half of the 95 % interval of a weighted sum of accuracies, from each one's own: Wilson's is not nothing at 0 and at 1."""
+def half_interval(weights: Mapping[Row, float]) -> float:
+    """Half of the 95 % one of a weighted sum of accuracies, from each one's own: Wilson's is not nothing at 0 and at 1."""
     halves = {row: (row.interval[1] - row.interval[0]) / 2 for row in weights}
     return sqrt(sum((weight * halves[row]) ** 2 for row, weight in weights.items()))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import exp, isfinite
 from pathlib import Path
@@ -56,24 +56,19 @@ def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
     return Tree(ids or [runner.start], branches)
 
 
-def written_from(runner: Runner, question: Asked) -> list[int]:
-    """What a model writes on from: spaces at the end belong to the next word, and a line's end to the prompt, which a chat
-    template may have before an answer."""
-    return runner.encode(question.prompt.rstrip(" "))
-
-
-def check_lengths(runner: Runner, questions: Sequence[Asked], trees: Sequence[Tree], longest: int) -> None:
+def check_lengths(
+    runner: Runner, questions: Sequence[Asked], trees: Sequence[Tree], prompts: Mapping[int, Sequence[int]], longest: int
+) -> None:
     """Raises BadQuestions for one that is longer than the texts that the model was made for: not every runtime would say so.
 
-    `longest`: tokens that the model may write.
+    `prompts`: those that the model writes on from, by the question's place; `longest`: tokens that it may write.
     """
-    for number, (question, tree) in enumerate(zip(questions, trees, strict=True), 1):
-        written = isinstance(question, Generation)
-        before = len(written_from(runner, question) if written else tree.prompt)
-        after = longest if written else max(map(len, tree.branches))
+    for place, (question, tree) in enumerate(zip(questions, trees, strict=True)):
+        before = len(prompts.get(place, tree.prompt))
+        after = longest if place in prompts else max(map(len, tree.branches))
         if before + after > runner.positions:
             raise BadQuestions(
-                f"question {number} ({question.prompt[:40]!r} ...) takes {before} tokens and its answer up to {after}, "
+                f"question {place + 1} ({question.prompt[:40]!r} ...) takes {before} tokens and its answer up to {after}, "
                 f"and the model has positions for {runner.positions}; shorten the prompt or leave the question out"
             )
 
@@ -81,9 +76,13 @@ def check_lengths(runner: Runner, questions: Sequence[Asked], trees: Sequence[Tr
 def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, against: str | None) -> dict[str, Any]:
     """Which questions are answered right, and the mean KL(against || this) after their prompts."""
     trees = [tree(runner, question) for question in questions]
-    written = [number for number, question in enumerate(questions) if isinstance(question, Generation)]
-    longest = max((len(trees[number].branches[0]) for number in written), default=0) + SPARE_TOKENS
-    check_lengths(runner, questions, trees, longest)
+    # spaces at a prompt's end belong to the next word, and a line's end to the prompt: a chat template may have it there
+    prompts = {
+        place: runner.encode(question.prompt.rstrip(" "))
+        for place, question in enumerate(questions) if isinstance(question, Generation)
+    }  # fmt: skip
+    longest = max((len(trees[place].branches[0]) for place in prompts), default=0) + SPARE_TOKENS
+    check_lengths(runner, questions, trees, prompts, longest)
     right: list[bool] = [False] * len(questions)
     divergences = []
     with ExitStack() as stack:
@@ -99,12 +98,11 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
                     kept.write(judged.first.tobytes())
                 if reference:
                     divergences.append(divergence(reference, judged))
-    if written:
-        prompts = [written_from(runner, questions[number]) for number in written]
-        texts = runner.write(prompts, longest, ("\n",))
-        for number, text in zip(written, texts, strict=True):
-            question = questions[number]
-            right[number] = isinstance(question, Generation) and same(text, question.target)
+    if prompts:
+        texts = runner.write(list(prompts.values()), longest, ("\n",))
+        for place, text in zip(prompts, texts, strict=True):
+            question = questions[place]
+            right[place] = isinstance(question, Generation) and same(text, question.target)
     return {"right": right, "kl": sum(divergences) / len(divergences) if divergences else None}
 
 

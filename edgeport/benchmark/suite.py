@@ -19,6 +19,8 @@ from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
 from edgeport.registry import converters
 
+ROLES = ("keep", "against")
+"""What a model may do with the distributions: see `edgeport.benchmark.score`."""
 FOLDER_QUANTS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 
 Say = Callable[[str], None]
@@ -171,12 +173,9 @@ class Bench:
     def ask(self, model: Path, cases: Sequence[Case], role: str | None) -> dict[str, Any]:
         """The answers of a model. `role`: keep its distributions, compare them with those that were kept, or neither."""
         tasks = [
-            {
-                "questions": str(self.questions(case)), "keep": None, "against": None,
-                **({role: str(self.rows_file(case))} if role else {}),
-            }
+            {"questions": str(self.questions(case)), **{one: str(self.rows_file(case)) if one == role else None for one in ROLES}}
             for case in cases
-        ]  # fmt: skip
+        ]
         job = {"model": str(model), "text": str(self.text) if self.text else None, "tasks": tasks}
         done = subprocess.run(
             [sys.executable, "-P", "-m", "edgeport.benchmark.score"], input=json.dumps(job), capture_output=True, text=True
