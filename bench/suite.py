@@ -138,14 +138,14 @@ def merged(parts: Iterable[Sequence[Row]]) -> list[Row]:
 
 def journaled(journal: Path, questions: int) -> list[Row]:
     """Every finished row, of tasks too that are not. The old base's serve all evolutions that have read the same text."""
-    found = [(json.loads(key)[-1], Row(**row), right) for key, row, right in map(json.loads, journal.read_text().splitlines())]
+    found = [(json.loads(key)[-1], Row(**row)) for key, row in map(json.loads, journal.read_text().splitlines())]
     found = [one for one in found if one[1].total == questions]
     readers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    for text, row, _ in found:
+    for text, row in found:
         readers[text, row.task].add(row.evolution)
     each = [
-        (replace(row, evolution=evolution), right)
-        for text, row, right in found
+        replace(row, evolution=evolution)
+        for text, row in found
         for evolution in (readers[text, row.task] if row.model in (OLD, TUNED) else [row.evolution])
     ]
     return merged([completed(each, Precision.parse(FEW[0]).name)])

@@ -137,8 +137,9 @@ def test_a_journal_gives_its_finished_rows(tmp_path: Path) -> None:
     """The old base's rows stand for both evolutions that have read one text; what is missing makes no figure."""
 
     def line(model: str, right: Sequence[bool], text: str, evolution: str = "LoRA r8") -> str:
-        one = replace(row(model, "bf16", sum(right), evolution=evolution), total=len(right))
-        return json.dumps([json.dumps(["port", "bf16", "triage", len(right), text]), asdict(one), right])
+        answers = "".join("01"[one] for one in right)
+        one = replace(row(model, "bf16", sum(right), evolution=evolution), total=len(right), answers=answers)
+        return json.dumps([json.dumps(["port", "bf16", "triage", len(right), text]), asdict(one)])
 
     lines = [
         line(OLD, [True, False], "handbook"), line(TUNED, [True, True], "handbook"), line(PORTED, [False, True], "handbook"),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from edgeport import __version__
-from edgeport.demo.triage import accuracy_interval
+from edgeport.demo.triage import Z_95, accuracy_interval
 from edgeport.memory import in_words
 from edgeport.report import table
 
@@ -60,6 +62,8 @@ class Row:
     """Which of several patches of one recipe, that differ in nothing but the seed of their training."""
     machine: int = 0
     """Place in the results' `machines`: of that one are the seconds and the peaks."""
+    answers: str | None = None
+    """A digit for each question in order: 1 where the answer was right, else 0."""
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -139,8 +143,7 @@ def cells(row: Row) -> list[str]:
 def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
     """The rows with their share of the gain, where the evolved base and the refit in the reference precision are there.
 
-    Its error is that of a ratio of differences to first order (the delta method), as if each model had been asked other
-    questions: they agree on many, which makes the true one smaller.
+    Its error is that of a ratio of differences to first order (the delta method).
     """
     known = {row.key: row for row in rows}
 
@@ -150,20 +153,32 @@ def with_gain_kept(rows: Sequence[Row], reference: str) -> list[Row]:
         if evolved is None or refit is None or row.model not in (PORTED, REFIT):
             return replace(row, gain_kept=None, gain_error=None)
         gain = refit.accuracy - evolved.accuracy
-        if gain <= half_interval({evolved: 1.0, refit: 1.0}):
+        if gain <= half_interval({refit: 1.0, evolved: -1.0}):
             return replace(row, gain_kept=None, gain_error=None)
         kept = (row.accuracy - evolved.accuracy) / gain
         if row.key == refit.key:
             return replace(row, gain_kept=kept, gain_error=None)
-        return replace(row, gain_kept=kept, gain_error=half_interval({row: 1.0, refit: kept, evolved: 1 - kept}) / gain)
+        return replace(row, gain_kept=kept, gain_error=half_interval({row: 1.0, refit: -kept, evolved: kept - 1}) / gain)
 
     return [one(row) for row in rows]
 
 
 def half_interval(weights: Mapping[Row, float]) -> float:
-    """Half of the 95 % one of a weighted sum of accuracies, from each one's own: Wilson's is not nothing at 0 and at 1."""
-    halves = {row: (row.interval[1] - row.interval[0]) / 2 for row in weights}
-    return sqrt(sum((weight * halves[row]) ** 2 for row, weight in weights.items()))
+    """Half of the 95 % one of a weighted sum of accuracies.
+
+    Where all rows tell their answers it is that of the sum's mean over the questions, with two more of them spread over all
+    outcomes, without which models of one mind would leave no doubt (Agresti and Min 2005, for two models). Else it is made of
+    each row's own, as if each model had been asked other questions: it is too wide, since models agree on many.
+    """
+    answers = [row.answers for row in weights if row.answers is not None]
+    if len(answers) < len(weights):
+        return sqrt(sum((weight * (row.interval[1] - row.interval[0]) / 2) ** 2 for row, weight in weights.items()))
+    outcomes = list(product("01", repeat=len(weights)))
+    seen = Counter(zip(*answers, strict=True))
+    counts = [seen[outcome] + 2 / len(outcomes) for outcome in outcomes]
+    sums = [sum(weight * int(answer) for weight, answer in zip(weights.values(), outcome, strict=True)) for outcome in outcomes]
+    mean, square = (sum(n * one**power for n, one in zip(counts, sums, strict=True)) / sum(counts) for power in (1, 2))
+    return Z_95 * sqrt((square - mean**2) / sum(counts))
 
 
 def share(kept: float | None, error: float | None) -> str:

@@ -100,7 +100,7 @@ class Bench:
             if not self.questions(case).exists() or read_questions(self.questions(case)) != list(case.questions):
                 write_questions(self.questions(case), case.questions)
         reference = self.precisions[0]
-        found: list[tuple[Row, list[bool]]] = []
+        found: list[Row] = []
         todo = [(PORTED, reference), *((EVOLVED, one) for one in self.precisions)]
         if evolution.old is not None:
             todo += [(OLD, reference), (TUNED, reference)]
@@ -109,9 +109,7 @@ class Bench:
             found += self.rows(evolution, cases, model, precision)
         yield from completed(found, reference.name)
 
-    def rows(
-        self, evolution: Evolution, cases: Sequence[Case], model: str, precision: Precision
-    ) -> Iterator[tuple[Row, list[bool]]]:
+    def rows(self, evolution: Evolution, cases: Sequence[Case], model: str, precision: Precision) -> Iterator[Row]:
         """One model at one precision: a base serves all cases at once, and each patch makes a model of its own."""
         base = evolution.old if model in (OLD, TUNED) else evolution.base
         assert base is not None
@@ -129,16 +127,14 @@ class Bench:
 
     def one(
         self, evolution: str, cases: Sequence[Case], model: str, precision: Precision, command: Sequence[str]
-    ) -> Iterator[tuple[Row, list[bool]]]:
+    ) -> Iterator[Row]:
         """Make a model, put every case's questions to it, and remove it."""
         names = ", ".join(case.name for case in cases)
         told = [entry(command, precision, case, self.text) for case in cases]
         done = self.finished()
         first = model == PORTED and precision == self.precisions[0]
         if all(key in done for key in told) and not (first and not all(self.rows_file(case).exists() for case in cases)):
-            for key in told:
-                known, right = done[key]
-                yield Row(**{**known, "evolution": evolution}), right
+            yield from (replace(done[key], evolution=evolution) for key in told)
             return
         self.say(f"{evolution}: {model}, {precision.name}: {names}")
         with TemporaryDirectory(prefix="model-", dir=self.folder) as folder:
@@ -158,17 +154,17 @@ class Bench:
                 port_seconds=receipt["seconds"] if patched else None,
                 port_peak_bytes=receipt["peak_ram_bytes"] if patched else None,
                 port_above_bytes=receipt["peak_above_import_bytes"] if patched else None,
-                patch_seed=case.seed if patched else 0,
+                patch_seed=case.seed if patched else 0, answers="".join("01"[one] for one in right),
             )  # fmt: skip
             if self.journal:
                 with self.journal.open("a") as file:
-                    file.write(json.dumps([key, asdict(row), right]) + "\n")
-            yield row, right
+                    file.write(json.dumps([key, asdict(row)]) + "\n")
+            yield row
 
-    def finished(self) -> dict[str, tuple[dict[str, Any], list[bool]]]:
+    def finished(self) -> dict[str, Row]:
         """What the journal holds, by `entry`."""
         lines = self.journal.read_text().splitlines() if self.journal and self.journal.exists() else []
-        return {key: (row, right) for key, row, right in map(json.loads, lines)}
+        return {key: Row(**row) for key, row in map(json.loads, lines)}
 
     def ask(self, model: Path, cases: Sequence[Case], role: str | None) -> dict[str, Any]:
         """The answers of a model. `role`: keep its distributions, compare them with those that were kept, or neither."""
@@ -198,15 +194,16 @@ def entry(command: Sequence[str], precision: Precision, case: Case, text: Path |
     return json.dumps([*command, precision.name, case.name, len(case.questions), read])
 
 
-def completed(found: Sequence[tuple[Row, list[bool]]], reference: str) -> list[Row]:
+def completed(rows: Sequence[Row], reference: str) -> list[Row]:
     """The rows with what only a comparison with other rows can tell; None where the other one is missing."""
-    answers = {row.key: right for row, right in found}
+    answers = {row.key: row.answers for row in rows if row.answers is not None}
 
-    def one(row: Row, ours: list[bool]) -> Row:
-        patched = row.model in (TUNED, PORTED, REFIT)
+    def one(row: Row) -> Row:
         places = [(row.task, row.evolution, model, reference, row.patch_seed) for model in (TUNED, PORTED)]
         before = next((answers[place] for place in places if place in answers), None)
-        flips = None if before is None else sum(was and not now for was, now in zip(before, ours, strict=True))
-        return replace(row, negative_flips=flips if patched else None, kl=row.kl if row.model == PORTED else None)
+        flips = None
+        if row.model in (TUNED, PORTED, REFIT) and before is not None:
+            flips = sum(pair == ("1", "0") for pair in zip(before, answers[row.key], strict=True))
+        return replace(row, negative_flips=flips, kl=row.kl if row.model == PORTED else None)
 
-    return with_gain_kept([one(row, right) for row, right in found], reference)
+    return with_gain_kept([one(row) for row in rows], reference)
