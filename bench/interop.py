@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import edgeport
+from bench.onnx_models import random_model
 from edgeport.report import table
 from edgeport.runtime import Runner
 
 PROMPT, COUNT = [7, 110, 31, 254, 19, 88, 163, 42, 205], 20
-SMALL = {
-    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
 # Gemma 2 is missing: optimum-onnx 0.1.0 cannot load it from any exporter, its own included
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -54,19 +51,10 @@ print(json.dumps({"transformers": transformers.__version__, "said": said}))
 """
 
 
-def make(name: str, folder: Path) -> list[int]:
-    """A random model of the family in `folder`; the tokens that transformers goes on with."""
+def written(model: Any) -> list[int]:
+    """The tokens that transformers goes on with."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = SMALL | FAMILIES[name]
-    torch.manual_seed(0)
-    kind = settings.pop("model_type")
-    causal: Any = AutoModelForCausalLM
-    model = causal.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
-    model.save_pretrained(folder)
     made = model.generate(torch.tensor([PROMPT]), max_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)
     return list(made[0, len(PROMPT) :].tolist())
 
@@ -79,8 +67,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         expected: dict[str, list[int]] = {}
         exact: dict[str, list[int]] = {}
-        for name in FAMILIES:
-            theirs = make(name, Path(scratch) / name)
+        for name, facts in FAMILIES.items():
+            theirs = written(random_model(facts, Path(scratch) / name))
             for way, options in WAYS.items():
                 output = Path(scratch) / f"{name}, {way}"
                 edgeport.export(model=Path(scratch) / name, output=output, to="onnx", **options)

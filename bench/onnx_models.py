@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ options = zip(("-i", "-o", "-p", "-c", "-e"), sys.argv[1:])
 sys.argv = ["builder", "-m", "model", *(word for pair in options for word in pair)]
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 """
+
+
 def text(vocabulary: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(3, vocabulary, (1, FIRST + SECOND + SINGLE))
 
@@ -81,21 +84,30 @@ def spoken(output: Path, tokens: NDArray[np.int64], runner: Runner | None = None
     return np.concatenate([runner.step(tokens[:, start:stop]) for start, stop in pairwise(edges)], axis=1)
 
 
-def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
-    """A tiny random model of each family, and the real one: name, folder, and transformers' model."""
+def random_model(facts: Mapping[str, Any], folder: Path) -> Any:
+    """A tiny one of the family that `facts` name, saved in `folder`: transformers' model, of weights far enough from zero that
+    a mistake in one of them shows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.manual_seed(0)
+    settings = {**SMALL, **facts}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     causal: Any = AutoModelForCausalLM
+    model = causal.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return model
+
+
+def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
+    """A tiny random model of each family, and the real one: name, folder, and transformers' model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     for name, facts in FAMILIES.items():
-        torch.manual_seed(0)
-        settings = SMALL | facts
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        model = causal.from_config(config, attn_implementation="eager").eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
-        model.save_pretrained(folder / name)
-        yield name, folder / name, model
+        yield name, folder / name, random_model(facts, folder / name)
     real = folder / "real"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
     model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32, attn_implementation="eager")
@@ -122,12 +134,6 @@ def build_with_genai(*arguments: str) -> None:
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
-
-
-def remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +226,7 @@ def cuda(scratch: Path, model: Path | None = None, tokens: int = 100) -> Iterato
             sys.stderr.write(f"{program} {quant}: {reason}\n")
             continue
         yield {"program": f"{program} {quant}", "error": error, "kl": kl, "top1": same, **times}
-        remove(output)
+        shutil.rmtree(output, ignore_errors=True)
 
 
 class Transformers:
