@@ -17,7 +17,7 @@ from edgeport.blocks import decode_rows
 from edgeport.effect import open_whole, share
 from edgeport.forward import build
 from edgeport.locate import open_patch_at
-from edgeport.planning import collect_edits
+from edgeport.matching import collect_edits
 from edgeport.probe import open_tokenizer, probe_tokens
 from edgeport.seams import LowRankEdit, Source
 from edgeport.tensor import EMBEDDING, HEAD

@@ -12,7 +12,7 @@ from edgeport.drift import Item, Sums, compared
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.gate import REFUSED, UNKNOWN, WITHOUT_OLD, Verdict, judge, vocabulary_notes
 from edgeport.hub import called
-from edgeport.planning import collect_edits, final_shape, with_ties
+from edgeport.matching import collect_edits, final_shape, with_ties
 from edgeport.registry import codec
 from edgeport.run import compute
 from edgeport.seams import Patch, Source

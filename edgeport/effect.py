@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from edgeport.aside import Watch, serve
 from edgeport.locate import open_model, open_patch_at
 from edgeport.manifest import manifest_of, read_manifest
+from edgeport.matching import adapted_config, collect_edits, final_shape, with_ties
 from edgeport.memory import peak_bytes
-from edgeport.planning import adapted_config, collect_edits, final_shape, with_ties
 from edgeport.probing import Job, read_text
 from edgeport.seams import Patch, Source
 from edgeport.virtual import Patched
