@@ -106,6 +106,14 @@ def saved_once(place: Path, build: Callable[[str], Any]) -> Callable[[str], tupl
     return make
 
 
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """A function from the name of a family that ONNX is written of to the folder of a random model of it, and the model."""
+    from tests.onnx_oracle import build
+
+    return saved_once(tmp_path_factory.mktemp("families"), build)
+
+
 def save_tokenizer(folder: Path, vocab: int) -> None:
     """A byte-level BPE of at most `vocab` tokens, at least 259: the three special ones and 256 bytes."""
     from tokenizers import Tokenizer

@@ -26,7 +26,7 @@ from bench.bad_input import run
 from edgeport.encoders import ENCODERS, encoder
 from edgeport.errors import BlockMismatch, ConvertError, CorruptCheckpoint, MissingTensor, UnmappedTensor, UnsupportedArchitecture
 from tests.conftest import saved_once
-from tests.test_onnx import unpacked
+from tests.onnx_oracle import unpacked
 
 TEXT = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
         "max_position_embeddings": 66, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
