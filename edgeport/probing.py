@@ -7,6 +7,7 @@ that goes away, unless transformers is loaded already; the files are written by 
 from __future__ import annotations
 
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -138,8 +139,8 @@ def read_text(path: Path) -> str:
     with open(path, "rb") as file:
         data = file.read(TEXT_BYTES)
     try:
-        # the cut may go through a character
-        return data.decode("utf-8", "strict" if len(data) < TEXT_BYTES else "ignore")
+        # the cut may go through the last character
+        return getincrementaldecoder("utf-8-sig")().decode(data, final=len(data) < TEXT_BYTES)
     except UnicodeDecodeError as error:
         raise CorruptCheckpoint(f"{path.name} is not a text in UTF-8 ({error.reason} at byte {error.start})") from error
 

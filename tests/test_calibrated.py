@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import edgeport
-from edgeport.errors import NonFiniteResult
+from edgeport.errors import CorruptCheckpoint, NonFiniteResult
+from edgeport.probing import read_text
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -113,6 +114,16 @@ def test_what_became_of_the_text_is_said(tiny_llama: TinyLlama, text: Path, tmp_
         "nothing reads --calibration: no weight is rounded by a text, and there is no probe",
     )
     assert not edgeport.plan(**common, rounding="stochastic").notes
+
+
+def test_only_the_cut_may_go_through_a_character(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than what is read of it has to be a text all the same, and Windows' mark at its begin is no part of it."""
+    monkeypatch.setattr("edgeport.probing.TEXT_BYTES", 8)
+    text.write_bytes(b"\xef\xbb\xbfabcd" + "é and so on".encode())
+    assert read_text(text) == "abcd"
+    text.write_bytes(b"ab\xffcdefgh")
+    with pytest.raises(CorruptCheckpoint, match=r"not a text in UTF-8 \(invalid start byte at byte 2\)"):
+        read_text(text)
 
 
 def test_a_program_that_has_barely_imported_transformers_keeps_to_the_plan(tiny_llama: TinyLlama, tmp_path: Path) -> None:
