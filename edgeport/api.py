@@ -210,6 +210,8 @@ def plan_extraction(
 def extract(*, progress: Progress = silent, **options: Unpack[ExtractOptions]) -> Extraction:
     """Take a patch out of a fine-tuned model: a PEFT adapter of 16 directions a matrix unless the options say otherwise."""
     from edgeport import extractor
+    for source in (old, new):
+        check_whole(source, ())
 
     return extractor.extract(plan_extraction(**options), progress=progress)
 
@@ -236,6 +238,8 @@ def diagnose(
 
 def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
     """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
+    if not force:
+        check_whole(new, patches)
     return verify_hashes(Path(output))
 
 

@@ -84,6 +84,7 @@ app = typer.Typer(
 )
 
 CAPABILITIES = {"rw": "read, write", "rp": "read, patch", "r": "read", "copy": "copy"}
+FORCED_HELP = "Take an old base that is not the one the patch names, or a new one without its adapter."
 
 
 @contextmanager
@@ -272,7 +273,7 @@ def diagnose(
     patch: Patches,
     new_base: NewBase,
     old_base: OldBase = None,
-    force: Annotated[bool, typer.Option("--force", help="Take an old base that is not the one the patch names.")] = False,
+    force: Annotated[bool, typer.Option("--force", help=FORCED_HELP)] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:

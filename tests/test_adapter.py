@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import edgeport
+from edgeport.benchmark.runner import open_runner
 from edgeport.blocks import decode_rows
 from edgeport.effect import ported
 from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnknownName, UnsupportedPatch, VerificationFailed
@@ -102,6 +104,23 @@ def test_a_base_with_an_adapter_is_not_taken_without_it(tiny_llama: TinyLlama, t
         both = edgeport.port(patch=[tmp_path / adapter, two], new_base=output, output=tmp_path / f"both-{to}", quant="f32").output
         direct = edgeport.port(patch=[one, two], new_base=base, output=tmp_path / f"direct-{to}").output
         assert edgeport.compare(both, direct, tokens=32).mean_kl < 1e-6
+
+
+def test_what_reads_a_model_does_not_pass_its_adapter_over(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    patch = save_patch(base, tmp_path / "patch")
+    for to, name in (("hf", "out"), ("gguf", "out.gguf")):
+        output = edgeport.port(patch=patch, new_base=base, output=tmp_path / name, to=to, sidecar=True).output
+        jobs: tuple[Callable[[], Any], ...] = (
+            lambda output=output: edgeport.extract(old_base=base, tuned=output, output=tmp_path / "taken"),
+            lambda output=output: edgeport.extract(old_base=output, tuned=base, output=tmp_path / "taken"),
+            lambda output=output: edgeport.diagnose(patch=patch, new_base=output),
+            lambda output=output: open_runner(output),
+        )  # fmt: skip
+        for job in jobs:
+            with pytest.raises(TargetMissing, match="has an adapter beside it that is part of it"):
+                job()
+        assert edgeport.diagnose(patch=patch, new_base=output, force=True).verdict.verdict == "not assessed"
 
 
 @pytest.mark.parametrize("quant", ["gptq-4", "awq-4"])

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgeport.api import check_whole
 from edgeport.errors import NotACheckpoint
 from edgeport.locate import open_model
 
@@ -107,8 +108,10 @@ RUNNERS = {"gguf": "edgeport.benchmark.llama", "hf": "edgeport.benchmark.folder"
 
 
 def open_runner(path: Path) -> Runner:
-    """Load a model in whatever container it is. Raises SourceError, MissingExtra."""
-    container = open_model(path).container
+    """Load a model in whatever container it is. Raises SourceError, MissingExtra, TargetMissing for one without its adapter."""
+    source = open_model(path)
+    check_whole(source, ())
+    container = source.container
     if container not in RUNNERS:
         raise NotACheckpoint(f"{path} is a model in {container}, which cannot be asked; there are {', '.join(RUNNERS)}")
     runner: Runner = import_module(RUNNERS[container]).open_runner(path)
