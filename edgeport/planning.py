@@ -227,7 +227,7 @@ def make_plan(
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on_values(work), *about_tokens, *cautions(beside), *sink.notes,
-               *notes_on_rounding(steps, rule, method, hindrance, probing)),
+               *notes_on_rounding(steps, rule, method, hindrance, probing), *notes_on_importance(steps, target, method)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
@@ -245,6 +245,14 @@ def notes_on_rounding(
     if method.calibration is not None and not may_see(steps, rule) and probing.skipped:
         return ["nothing reads --calibration: no weight is rounded by a text, and there is no probe"]
     return []
+
+
+def notes_on_importance(steps: Sequence[Step], target: Target, method: Method) -> list[str]:
+    """Whether an importance matrix was given for nothing."""
+    anew = [step for step in steps if not (step.copied or step.target.codec == "plain" or step.on_own_grid)]
+    if target.imatrix is None or anew or method.residual is not None:
+        return []
+    return ["nothing reads --imatrix: it is for numbers that are quantized anew, and those of this output are not"]
 
 
 def plan_adapter(sink: Sink, patched: Patched, placed: Mapping[str, Weight], method: Method) -> Adapter | None:

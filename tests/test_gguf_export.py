@@ -196,6 +196,19 @@ def test_an_untouched_gguf_is_byte_equal(tmp_path: Path) -> None:
     assert (tmp_path / "same.gguf").read_bytes() == packaged_model().read_bytes()
 
 
+def test_a_matrix_that_nothing_reads_is_said_to_be_idle(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, name = tiny_llama(), "blk.0.attn_q.weight"
+    patch = save_patch(base, tmp_path / "patch", target_modules=["q_proj"])
+    quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", quant="Q4_0").output
+    tensors = {f"{name}.in_sum2": np.ones((1, 64), np.float32), f"{name}.counts": np.ones((1, 1), np.float32)}
+    given: dict[str, Any] = {"to": "gguf", "output": tmp_path / "out.gguf", "imatrix": modern(tmp_path / "i.gguf", tensors)}
+    on_grid: dict[str, Any] = {**given, "patch": patch, "new_base": quantized, "rounding": "stochastic"}
+    for job in (on_grid, {**given, "new_base": quantized}, {**given, "new_base": base, "quant": "bf16"}):
+        assert "nothing reads --imatrix" in edgeport.plan(**job).notes[-1]
+    for job in ({**on_grid, "residual": 2}, {**on_grid, "rounding": "nearest"}, {**given, "new_base": base, "quant": "Q4_0"}):
+        assert not any("--imatrix" in note for note in edgeport.plan(**job).notes)
+
+
 def test_tensor_type_overrides(make: Callable[..., Path], tmp_path: Path) -> None:
     edgeport.export(
         model=make("Llama 2"), output=tmp_path / "out.gguf", to="gguf", quant="Q8_0",
