@@ -320,7 +320,7 @@ CASES: dict[str, Case] = {
         to_gguf("--quant", "Q8_0", "--tensor-type", "attn=Q9_0"), "no ggml type is called 'Q9_0'", 2),
     **{f"{option} for a GGUF that keeps its types": Case(of_gguf(option, value), "so give --quant too")
        for option, value in (("--tensor-type", "attn=F16"), ("--output-tensor-type", "F16"), ("--token-embedding-type", "F16"))},
-    "--tensor-type for hf": Case(with_flags("--tensor-type", "attn=Q8_0"), "are for --to gguf"),
+    "--tensor-type for hf": Case(with_flags("--tensor-type", "attn=Q8_0"), "are not for --to hf"),
     "--resume of a run of other inputs": Case(
         lambda f: stale(f, '{"inputs": {"/elsewhere": [1, 2]}}'), "had other inputs; leave off --resume"),
     "--device unknown": Case(with_flags("--device", "tpu"), "not one of auto, cpu, cuda", 2),
@@ -369,7 +369,7 @@ CASES: dict[str, Case] = {
     "ONNX, --max-shard-size": Case(to_onnx("--max-shard-size", "1GB"), "are not for --to onnx"),
     "ONNX, disk too small": Case(to_onnx(), "free", 4, small_disk),
     "--portable for hf": Case(with_flags("--portable"), "are for --to onnx, not for --to hf"),
-    "--block-size for gguf": Case(to_gguf("--block-size", "32"), "are for --to onnx, not for --to gguf"),
+    "--block-size for gguf": Case(to_gguf("--block-size", "0"), "are for --to onnx, not for --to gguf"),
     "ONNX input, another program's": Case(of_onnx(foreign_onnx), "was not written by edgeport"),
     "ONNX input, the graph cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx", 99)), "is not an ONNX model"),
     "ONNX input, the weights cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx.data", 99)), "model.onnx.data"),

@@ -329,7 +329,7 @@ class HuggingFace:
         """Keeps each weight's own type, unless --quant says another or the source has no plain types to keep."""
         given = target.imatrix or target.tensor_types or target.output_tensor_type or target.token_embedding_type
         if given:
-            raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are for --to gguf")
+            raise ConvertError("--imatrix, --tensor-type, --output-tensor-type and --token-embedding-type are not for --to hf")
         target.refuse_onnx_options(self.name)
         if target.output.suffix == ".gguf":
             raise ConvertError(f"{target.output.name} is named like a file, and --to hf writes a folder; give --to gguf")

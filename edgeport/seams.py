@@ -356,7 +356,7 @@ class Target:
 
     def refuse_onnx_options(self, container: str) -> None:
         """Raises ConvertError where one was given."""
-        if self.block_size or self.asymmetric or self.portable or self.execution_provider:
+        if self.block_size is not None or self.asymmetric or self.portable or self.execution_provider:
             raise ConvertError(
                 f"--block-size, --asymmetric, --portable and --execution-provider are for --to onnx, not for --to {container}"
             )
