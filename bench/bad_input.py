@@ -388,6 +388,7 @@ CASES: dict[str, Case] = {
     "verify, no manifest": Case(tampered(lambda o: (o / "edgeport.json").unlink()), "has no manifest"),
     "verify, nothing there": Case(lambda f: ["verify", str(f / "out")], "out does not exist; give what the output was called"),
     "verify, --max-kl without --against": Case(lambda f: ["verify", str(f), "--max-kl", "0"], "compare with as --against", 2),
+    "verify, --tokens without --against": Case(lambda f: ["verify", str(f), "--tokens", "9"], "compare with as --against", 2),
     "verify, --tokens negative": Case(lambda f: ["verify", str(f), "--tokens", "-5"], "greater than or equal to 2", 2),
     "verify, another manifest": Case(
         tampered(lambda o: (o / "edgeport.json").write_text('{"edgeport": 1, "files": {"a": 3}}')), "not a manifest of edgeport"),

@@ -15,6 +15,7 @@ from edgeport.locate import locate, open_model, open_patch
 from edgeport.manifest import Receipt, fingerprint, manifest_of, verify_hashes
 from edgeport.memory import parse_bytes
 from edgeport.planning import Method, Plan, make_plan
+from edgeport.probing import TOKENS
 from edgeport.registry import converter, miss
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
@@ -243,7 +244,7 @@ def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
     return verify_hashes(Path(output))
 
 
-def compare(output: Location, against: Location, *, tokens: int = 256, offline: bool = False) -> Comparison:
+def compare(output: Location, against: Location, *, tokens: int = TOKENS, offline: bool = False) -> Comparison:
     """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time.
 
     On `tokens` of text, or as many as both models have positions for. An adapter that an output of edgeport has beside it

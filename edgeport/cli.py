@@ -60,6 +60,7 @@ from edgeport.options import (
     To,
     Verbose,
 )  # fmt: skip
+from edgeport.probing import TOKENS
 from edgeport.report import bar, say, table
 from edgeport.texts import (
     changes_text,
@@ -308,30 +309,31 @@ def _plain(value: Any) -> str:
 def verify(
     output: Annotated[Path, typer.Argument(help="An output of edgeport.")],
     against: Annotated[str | None, typer.Option("--against", help="Compare next-token distributions with this model.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to compare on.")] = 256,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of text to compare on (default: 256).")] = None,
     max_kl: Annotated[float | None, typer.Option(min=0, help="Fail where the mean KL to --against is above this.")] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Check an output's files against its manifest and, with --against, its logits against a model's."""
     with mistakes():
-        if max_kl is not None and against is None:
-            raise UnknownName("--max-kl is of a comparison; name the model to compare with as --against")
+        given = [name for name, value in (("--tokens", tokens), ("--max-kl", max_kl)) if value is not None]
+        if given and against is None:
+            raise UnknownName(f"{' and '.join(given)}: nothing is compared; name the model to compare with as --against")
         checked = api.verify(output, offline=offline)
         content: dict[str, Any] = {"output": str(output), "files": dict(checked)}
         text = f"{output}: {len(checked)} file(s) match the manifest"
-        if against:
+        if against is not None:
             encodes = api.encodes(against, offline=offline)
-            if encodes and max_kl is not None:
-                raise UnknownName(f"{against} is an encoder, whose outputs have no KL; leave off --max-kl")
+            if encodes and given:
+                raise UnknownName(f"{against} is an encoder, whose outputs are not of a text; leave off {' and '.join(given)}")
             found: Comparison | Likeness
             if encodes:
                 found = api.liken(output, against, offline=offline)
             else:
-                found = api.compare(output, against, tokens=tokens, offline=offline)
+                found = api.compare(output, against, tokens=tokens or TOKENS, offline=offline)
             content["against"] = found.to_json()
             text += f"\nagainst {against}: {found.text()}"
-        limit = (found.tolerance if max_kl is None else max_kl) if against else None
+        limit = (found.tolerance if max_kl is None else max_kl) if against is not None else None
         content["verified"] = limit is None or found.distance <= limit
         emit(content, as_json, text)
         if limit is not None and not content["verified"]:

@@ -193,6 +193,13 @@ def test_verify(to: str, tmp_path: Path) -> None:
     assert (answer.code, answer.output) == (1, "") and f"{file.name} has changed" in answer.error
 
 
+def test_nothing_to_compare_with_is_no_comparison(tmp_path: Path) -> None:
+    """As where a script's variable is not set."""
+    assert run(port(tmp_path)).code == 0
+    answer = run(["verify", str(tmp_path / "out"), "--against", ""])
+    assert answer.code == 1 and "is not a model that edgeport reads" in answer.error and not answer.output
+
+
 def test_verify_is_of_the_file_that_is_named(tmp_path: Path) -> None:
     """Copied with its manifest, and spoilt: what the manifest is of lies beside it as it was."""
     first, copy = tmp_path / "first.gguf", tmp_path / "copy.gguf"
