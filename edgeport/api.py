@@ -233,6 +233,8 @@ def diagnose(
     patches = [open_patch(one, offline) for one in ([patch] if isinstance(patch, (str, Path)) else patch)]
     if old is not None and not force:
         for one in patches:
+    if not patch:
+        raise UnknownName("a diagnosis is of a patch, and none is given")
             check_base(one, old)
     return diagnosis.diagnose(new, patches, old)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import edgeport
 from bench import bad_input
 from bench.shapes import Shape, write_model, write_patch
-from edgeport.errors import NonFiniteResult
+from edgeport.errors import NonFiniteResult, UnknownName
 from edgeport.memory import MIB
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -147,6 +147,12 @@ def test_another_architecture_is_a_verdict(base: Path, patch: Path, tiny_llama: 
         assert found.verdict.verdict == "refused" and says in found.verdict.reason
         with pytest.raises(edgeport.EdgeportError, match=says):
             edgeport.plan(patch=patch, new_base=new, output=new.parent / "out")
+
+
+def test_without_a_patch_there_is_no_verdict(base: Path) -> None:
+    """As where a pattern for file names has matched nothing."""
+    with pytest.raises(UnknownName, match="none is given"):
+        edgeport.diagnose(patch=[], new_base=base, old_base=base)
 
 
 def test_a_grown_vocabulary_is_named(base: Path, patch: Path, tiny_llama: TinyLlama, tmp_path: Path) -> None:
