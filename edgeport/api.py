@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
@@ -95,9 +95,7 @@ def plan(
     **options: Unpack[PortOptions],
 ) -> Plan:
     """Decide everything from headers alone; nothing is written. Raises EdgeportError for every mistake in the input."""
-    # at run time Unpack takes any name, and a misspelt option would be one that was not given
-    for name in options.keys() - PortOptions.__optional_keys__:
-        raise TypeError(miss(sorted(PortOptions.__optional_keys__), name, "option"))
+    check_names(options, PortOptions.__optional_keys__)
     if options.get("keep_format") and options.get("quant"):
         raise UnknownName(f"--keep-format and --quant {options['quant']} contradict each other; give one of them")
     offline = options.get("offline", False)
@@ -135,6 +133,12 @@ def plan(
         return decided
     method, target = promoted(decided, _bytes(options.get("max_size")))
     return make_plan(source, patches, chosen, target, limits, old=old, overwrite=overwrite, method=method)
+
+
+def check_names(given: Iterable[str], known: frozenset[str]) -> None:
+    """Raises TypeError: at run time Unpack takes any name, and a misspelt option would be one that was not given."""
+    for name in set(given) - known:
+        raise TypeError(miss(sorted(known), name, "option"))
 
 
 def promoted(decided: Plan, most_bytes: int | None) -> tuple[Method, Target]:
@@ -184,6 +188,7 @@ def export(
     *, model: Location, output: Location, resume: bool = False, progress: Progress = silent, **options: Unpack[Options]
 ) -> Receipt:
     """Write a model in another container (gguf unless `to` says so) or precision: the same stream without a patch."""
+    check_names(options, Options.__optional_keys__)
     options.setdefault("to", "gguf")
     return run(plan(new_base=model, output=output, **options), progress=progress, resume=resume)
 
@@ -205,14 +210,14 @@ def plan_extraction(
 
     keep = extraction.keep_of(rank, energy, full)
     old, new = (open_model(one, offline) for one in (old_base, tuned))
+    for source in (old, new):
+        check_whole(source, ())
     return extraction.plan_extraction(old, new, keep, Path(output), Limits(_bytes(max_ram)), overwrite)
 
 
 def extract(*, progress: Progress = silent, **options: Unpack[ExtractOptions]) -> Extraction:
     """Take a patch out of a fine-tuned model: a PEFT adapter of 16 directions a matrix unless the options say otherwise."""
     from edgeport import extractor
-    for source in (old, new):
-        check_whole(source, ())
 
     return extractor.extract(plan_extraction(**options), progress=progress)
 
@@ -228,21 +233,21 @@ def diagnose(
     """Say whether a patch will carry over: how far the new base has drifted from the old one, against what it changes."""
     from edgeport import diagnosis
 
+    if not patch:
+        raise UnknownName("a diagnosis is of a patch, and none is given")
     new = open_model(new_base, offline)
     old = open_model(old_base, offline) if old_base is not None else None
     patches = [open_patch(one, offline) for one in ([patch] if isinstance(patch, (str, Path)) else patch)]
+    if not force:
+        check_whole(new, patches)
     if old is not None and not force:
         for one in patches:
-    if not patch:
-        raise UnknownName("a diagnosis is of a patch, and none is given")
             check_base(one, old)
     return diagnosis.diagnose(new, patches, old)
 
 
 def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
     """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
-    if not force:
-        check_whole(new, patches)
     return verify_hashes(Path(output))
 
 

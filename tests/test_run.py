@@ -183,6 +183,9 @@ def test_a_misspelt_option_is_not_one_that_was_not_given(base: Path, patch: Path
     for call in (lambda: edgeport.plan(**job), lambda: edgeport.port(**job, patch=patch)):
         with pytest.raises(TypeError, match="no option is called 'quan'; did you mean 'quant'"):
             call()
+    for given in ({"patch": patch}, {"old_base": base}, {"force": True}, {"probe": True}):  # a port's own
+        with pytest.raises(TypeError, match=f"no option is called '{next(iter(given))}'"):
+            edgeport.export(model=base, output=tmp_path / "out", to="hf", **given)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
