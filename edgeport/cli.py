@@ -132,7 +132,7 @@ def carry_out(
     for note in receipt.notes[len(plan.notes) :]:
         say(f"note: {note}", quiet)
     if verbose:
-        say(weights_text(receipt))
+        say(weights_text(receipt), quiet)
     if as_json or not quiet:
         emit(receipt.to_json(), as_json, receipt_text(receipt))
 
@@ -264,7 +264,7 @@ def extract(
         for note in done.notes:
             say(f"note: {note}", quiet)
         if verbose:
-            say(changes_text(done))
+            say(changes_text(done), quiet)
         if as_json or not quiet:
             emit(done.to_json(), as_json, extraction_text(done))
 

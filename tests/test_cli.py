@@ -105,7 +105,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
 
 def test_quiet_and_plain_output(tmp_path: Path) -> None:
     argv = port(tmp_path)
-    quiet = run([*argv, "--quiet"])
+    quiet = run([*argv, "--quiet", "--verbose"])
     assert (quiet.code, quiet.output, quiet.error) == (0, "", "")
     plain = run([*argv, "--overwrite"])
     assert "patch tensors" in plain.output and plain.error == ""
