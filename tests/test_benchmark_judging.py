@@ -12,6 +12,7 @@ import pytest
 
 import edgeport
 from bench.spoiling import NORM
+from edgeport.benchmark.folder import positions
 from edgeport.benchmark.harness import check_arguments, check_greedy, rolling, shortened
 from edgeport.benchmark.llama import BATCH_TOKENS
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation
@@ -289,6 +290,13 @@ def test_what_is_longer_than_the_model_s_positions(container: str, models: dict[
     with pytest.raises(BadQuestions, match=r"question 2 \('one block.* has positions for 128; shorten the prompt"):
         answers(runner, [CHOICES[0], long], None, None)
     assert perplexity(runner, long.prompt) > 1
+
+
+def test_the_positions_of_a_model_that_reads_pictures_too() -> None:
+    from transformers import Gemma3Config, GPT2Config
+
+    assert positions(Gemma3Config(text_config={"max_position_embeddings": 64})) == 64
+    assert positions(GPT2Config(n_positions=32)) == 32
 
 
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])

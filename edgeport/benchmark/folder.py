@@ -41,7 +41,7 @@ class FolderRunner:
         self.writers = 1 if alone else WRITERS
         named = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.model.config.get_text_config().bos_token_id
         self.start = next((int(token) for token in named if token is not None), 0)
-        self.positions = int(getattr(self.model.config, "max_position_embeddings", sys.maxsize))
+        self.positions = positions(self.model.config)
 
     def encode(self, text: str) -> list[int]:
         return opened(self.opening, self.bare(text))
@@ -121,6 +121,11 @@ def packable(model: Any) -> bool:
     layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "attention_layers", None) or ())}
     placed = "position_ids" in signature(model.forward).parameters and not getattr(text, "alibi", False)
     return placed and not model._is_stateful and layers <= PACKABLE
+
+
+def positions(config: Any) -> int:
+    """Tokens that a text may have, by config.json: of a model that reads more than texts, its part for them says it."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize))
 
 
 def sliding_window(config: Any) -> int:
