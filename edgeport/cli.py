@@ -104,7 +104,14 @@ def mistakes() -> Iterator[None]:
 
 
 def emit(content: Any, as_json: bool, text: str) -> None:
-    sys.stdout.write((json.dumps(content, indent=1) if as_json else text) + "\n")
+    try:
+        sys.stdout.write((json.dumps(content, indent=1) if as_json else text) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # what is left in the buffer would be tried again when the program ends, where nothing catches the error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        error.filename = "the standard output"
+        raise
 
 
 def pairs(types: list[str] | None) -> list[tuple[str, str]]:
@@ -413,7 +420,8 @@ def bench(
 @app.callback(invoke_without_command=True)
 def common(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        sys.stdout.write(f"edgeport {__version__}\n")
+        with mistakes():
+            emit(None, False, f"edgeport {__version__}")
         raise typer.Exit()
 
 

@@ -317,14 +317,26 @@ def test_progress_takes_one_line(columns: int, monkeypatch: pytest.MonkeyPatch) 
     assert "1.0/4.0 GiB" in frames[-1] and "model.lay" in frames[-1]
 
 
-def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+def test_a_reader_that_has_seen_enough() -> None:
     """`edgeport ... | head -0`: no sentence about a pipe."""
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", "edgeport", "formats"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as done:
-        assert done.stdout is not None and done.stderr is not None
-        done.stdout.close()
-        assert done.stderr.read() == b""
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert printed_into(writing) == (1, "")
+
+
+def test_a_full_disk_under_what_is_printed() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    assert printed_into(full) == (1, "edgeport: No space left on device: the standard output\n")
+
+
+def printed_into(handle: int) -> tuple[int, str]:
+    """Exit code and stderr of a command whose output, held in a buffer as it usually is, goes there. Closes it."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeport", "--version"], cwd=ROOT, env=buffered, stdout=handle, stderr=subprocess.PIPE, text=True
+    )
+    os.close(handle)
+    return done.returncode, done.stderr
 
 
 def test_inspect_gguf(tmp_path: Path) -> None:
