@@ -161,7 +161,7 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: J
             staging.files[layout.name] = handle
             os.truncate(handle, layout.size)
             for offset, blob in layout.blobs:
-                os.pwrite(handle, blob, offset)
+                write_at(handle, memoryview(blob), offset)
         yield staging
         short = {tensor: left for tensor, left in staging.missing.items() if left}
         planned = {tensor for layout in layouts for tensor in layout.ranges}

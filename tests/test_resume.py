@@ -110,7 +110,7 @@ def test_killed_anywhere_and_resumed(base: Path, patch: Path, tmp_path: Path) ->
         "beside": {**common, "new_base": str(nf4), "residual": 4},
     }
     kills = {
-        "out": [("write", 1), ("write", 8), ("write", 17), ("journal", 5), ("commit", 1)],
+        "out": [("write", 2), ("write", 8), ("write", 17), ("journal", 5), ("commit", 1)],
         "out.gguf": [("write", 13), ("manifest", 1)],
         "beside": [("write", 9), ("write", 60)],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -267,3 +268,15 @@ def test_blocks_are_equal_and_whole_granules() -> None:
     assert all(block.start % 64 == 0 for block in ranges(weight, 128, 64))
 
 
+
+
+def test_a_header_is_written_whole(base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk is nearly full, or the header large, the system takes less than it is given, and says how much."""
+    pwrite = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda handle, data, offset: pwrite(handle, memoryview(data)[:700], offset))
+    outputs = [tmp_path / name for name in ("little by little", "at once")]
+    edgeport.port(patch=patch, new_base=base, output=outputs[0])
+    monkeypatch.undo()
+    edgeport.port(patch=patch, new_base=base, output=outputs[1])
+    pieces, whole = ((output / "model.safetensors").read_bytes() for output in outputs)
+    assert pieces == whole
