@@ -97,7 +97,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     with torch.no_grad(), claimed(plan.output), metered() as meter:
         check_output(plan.output, True, plan.overwrite)
         inputs = in_background(partial(described, {"old_base": plan.old, "tuned": plan.tuned}))
-        with staged(plan.output, [file.layout], True) as staging:
+        with staged(plan.output, [file.layout], True, plan.overwrite) as staging:
             facts = []
             for change in plan.changes:
                 with about(change.both.name):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable
+from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable, OutputExists
 from edgeport.manifest import WeightFact, fingerprint, versions
 from edgeport.places import journal_path, staging_path
 from edgeport.staging import Written
@@ -53,8 +53,10 @@ class Journal:
             file.write(line.encode())
 
     def outlives(self, error: BaseException | None) -> bool:
-        """Whether the journal and the files are kept after such an end. A mistake of the user's would come again."""
-        return self.resumed and error is not None and not isinstance(error, EdgeportError)
+        """Whether the journal and the files are kept after such an end. A mistake of the user's would come again, but for what
+        has come to stand in the output's place, and can be moved away."""
+        again = isinstance(error, EdgeportError) and not isinstance(error, OutputExists)
+        return self.resumed and error is not None and not again
 
 
 def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:

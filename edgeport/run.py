@@ -79,7 +79,9 @@ def stream(
 ) -> Receipt:  # fmt: skip
     """The loop itself: what the memory bound is about."""
     inputs = in_background(partial(describe_inputs, plan))
-    with staged(plan.target.output, plan.files, plan.sink.folder, journal) as staging, lane_for(plan) as lane:
+    with (
+        staged(plan.target.output, plan.files, plan.sink.folder, plan.overwrite, journal) as staging, lane_for(plan) as lane,
+    ):  # fmt: skip
         journal.begin()
         found: dict[str, WeightFact] = {}
         for step, seen in activations.through(steps, staging.written, journal.done, lane.device):

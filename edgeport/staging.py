@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines, read_range
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
-from edgeport.places import journal_path, manifest_path, owned, staging_path
+from edgeport.places import check_files, check_output, journal_path, manifest_path, owned, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
 
@@ -146,10 +146,13 @@ def lock(handle: int, output: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: Journal | None = None) -> Iterator[Staging]:
+def staged(
+    output: Path, layouts: Sequence[FileLayout], folder: bool, overwrite: bool, journal: Journal | None = None
+) -> Iterator[Staging]:
     """Files filled in the block appear as `output` when it ends, and leave nothing behind when it fails.
 
-    `output` is claimed. With a journal that has weights in it, the files of the interrupted run are filled further.
+    `output` is claimed. With a journal that has weights in it, the files of the interrupted run are filled further. Raises
+    OutputExists where something has come to stand there meanwhile.
     """
     place = staging_path(output)
     sweep(place, (layout.name for layout in layouts) if journal and journal.done else ())
@@ -168,6 +171,10 @@ def staged(output: Path, layouts: Sequence[FileLayout], folder: bool, journal: J
         if short or set(staging.missing) != planned:
             raise PlanViolation(f"planned bytes were not written: {short or planned ^ set(staging.missing)}")
         staging.close()
+        for path in (*place.rglob("*"), place):
+            _sync(path)
+        check_output(output, folder, overwrite)
+        check_files(output, layouts, folder, overwrite)
         commit(place, output, folder)
     except BaseException as error:
         kept = journal is not None and journal.outlives(error)
@@ -195,10 +202,7 @@ def sweep(place: Path, files: Iterable[str]) -> None:
 
 
 def commit(place: Path, output: Path, folder: bool) -> None:
-    """fsync, then rename into place; what stood there (the plan has allowed it) goes last."""
-    for path in place.rglob("*"):
-        _sync(path)
-    _sync(place)
+    """Rename into place what is synced; what stood there, and may be replaced, goes last."""
     if not folder:
         # the manifest goes last: an output without one is not done
         manifest = manifest_path(output, False).name

@@ -153,6 +153,37 @@ def test_two_runs_into_one_output(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(("to", "split"), [("hf", None), ("gguf", None), ("gguf", 200_000)])
+def test_what_comes_to_stand_there_meanwhile_is_not_replaced(
+    to: str, split: int | None, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    """A run may take hours. With --resume its work is kept until that is moved away."""
+    base, output = tiny_llama(), tmp_path / f"out.{to}"
+    job: dict[str, Any] = {"patch": save_patch(base, tmp_path / "lora"), "new_base": base, "output": output, "to": to}
+    job |= {"max_shard_size": split}
+    before = set(tmp_path.iterdir())
+    mine = output / "mine" if to == "hf" else output.with_name(edgeport.plan(**job).files[-1].name)
+
+    def meanwhile(weight: str, nbytes: int) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    for resume in (False, True):
+        with pytest.raises(OutputExists, match="exists already"):
+            edgeport.port(**job, progress=meanwhile, resume=resume)
+        assert mine.read_text() == "mine"
+        assert {path.name for path in set(tmp_path.iterdir()) - before if path.name.startswith(".")} == (
+            {f".out.{to}.partial", f".out.{to}.journal"} if resume else set()
+        )
+        mine.unlink()
+        if to == "hf":
+            output.rmdir()
+    receipt = edgeport.port(**job, resume=True)
+    assert any("21 of 21 weights were written before an interruption" in note for note in receipt.notes)
+    edgeport.verify(output)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_run_that_is_refused_leaves_the_place_to_the_one_that_has_it(tmp_path: Path) -> None:
     """Before the first file is made, while the gate still reads, the place is empty."""
     output = tmp_path / "out"
