@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from edgeport.checkpoint import read_json
-from edgeport.errors import NotEnoughDisk, OutputExists
+from edgeport.errors import CorruptCheckpoint, NotEnoughDisk, OutputExists
 from edgeport.memory import MIB, in_words
 from edgeport.seams import FileLayout
 
@@ -31,6 +32,15 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.journal")
 
 
+def half_placed(output: Path) -> list[str]:
+    """Files beside each other that a run which broke off at its very end has put in place, and not yet their manifest."""
+    place = staging_path(output)
+    with suppress(CorruptCheckpoint):  # a manifest that was cut off: nothing was put in place before it was whole
+        names = listed(place / manifest_path(output, False).name)
+        return [name for name in names if output.with_name(name).exists() and not (place / name).exists()]
+    return []
+
+
 def through_links(output: Path) -> Path:
     """Where an output folder goes: a rename onto a link would leave what it leads to, perhaps on another disk, as it is."""
     return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
@@ -44,7 +54,9 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
         raise OutputExists(f"the folder {output.parent} for the output is not writable")
     if os.path.ismount(output):
         raise OutputExists(f"{output} is a mount point, which nothing can take the place of; give a folder inside it")
-    existing = next((path for path in (output, manifest_path(output, folder)) if path.exists()), None)
+    broken_off = half_placed(output)
+    standing = (path for path in (output, manifest_path(output, folder)) if path.exists() and path.name not in broken_off)
+    existing = next(standing, None)
     if existing is None:
         return
     if not overwrite:
@@ -60,7 +72,9 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
 
 def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
     """No other file stands where one of a split set goes. Raises OutputExists."""
-    standing = [output.with_name(file.name) for file in files if not folder and output.with_name(file.name).exists()]
+    broken_off = half_placed(output)
+    places = [output.with_name(file.name) for file in files if not folder and file.name not in broken_off]
+    standing = [path for path in places if path.exists()]
     if standing and not overwrite:
         raise OutputExists(f"{standing[0]} exists already; give another -o or --overwrite")
     others = [path for path in standing if path.name not in owned(output, folder)]

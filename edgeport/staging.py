@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines, read_range
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
-from edgeport.places import check_files, check_output, journal_path, manifest_path, owned, staging_path
+from edgeport.places import check_files, check_output, half_placed, journal_path, manifest_path, owned, staging_path
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
 
@@ -120,6 +120,7 @@ def claimed(output: Path) -> Iterator[None]:
                 raise OutputExists(
                     f"another run into {output} has ended at this moment; see what it has written, and start again"
                 )
+            take_back(output)
             yield
         finally:
             if is_at(handle, place):
@@ -185,9 +186,16 @@ def staged(
         raise
     finally:
         staging.close()
+        take_back(output)
         if not kept:
             journal_path(output).unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
+
+
+def take_back(output: Path) -> None:
+    """Undo a commit that broke off, if there is one."""
+    for name in half_placed(output):
+        os.replace(output.with_name(name), staging_path(output) / name)
 
 
 def sweep(place: Path, files: Iterable[str]) -> None:
@@ -202,12 +210,17 @@ def sweep(place: Path, files: Iterable[str]) -> None:
 
 
 def commit(place: Path, output: Path, folder: bool) -> None:
-    """Rename into place what is synced; what stood there, and may be replaced, goes last."""
+    """Rename into place what is synced; what stood there, and may be replaced, goes last.
+
+    The journal goes before the last step: beside a whole output there is nothing left to go on with.
+    """
     if not folder:
         # the manifest goes last: an output without one is not done
         manifest = manifest_path(output, False).name
         files, before = sorted(place.iterdir(), key=lambda path: path.name == manifest), owned(output, False)
         for path in files:
+            if path.name == manifest:
+                journal_path(output).unlink(missing_ok=True)
             os.replace(path, output.with_name(path.name))
         for name in before - {path.name for path in files}:
             output.with_name(name).unlink(missing_ok=True)
@@ -216,6 +229,7 @@ def commit(place: Path, output: Path, folder: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
             os.rename(output, replaced)
+        journal_path(output).unlink(missing_ok=True)
         os.rename(place, output)
         shutil.rmtree(replaced, ignore_errors=True)
     _sync(output.parent)

@@ -48,6 +48,8 @@ def child(job, kill):
         left = [count]
         if where == "write":
             staging.write_at = countdown(left, write)
+        elif where == "replace":
+            os.replace = countdown(left, os.replace)
         elif where == "commit":
             staging.commit = countdown(left, commit)
         elif where == "manifest":
@@ -101,17 +103,18 @@ def patch(base: Path, tmp_path: Path) -> Path:
 
 
 def test_killed_anywhere_and_resumed(base: Path, patch: Path, tmp_path: Path) -> None:
-    """In hf, gguf and a quantized base with an adapter beside it: the n-th write cut in half, and later moments."""
+    """In hf, a gguf in several files and a quantized base with an adapter beside it: the n-th write cut in half, and later
+    moments."""
     nf4 = edgeport.export(model=base, output=tmp_path / "nf4", to="hf", quant="nf4").output
     common = {"patch": str(patch), "probe": False, "rounding": "stochastic", "device": "cpu"}
     jobs = {
         "out": {**common, "new_base": str(base), "old_base": str(base)},
-        "out.gguf": {**common, "new_base": str(base), "to": "gguf", "quant": "Q8_0"},
+        "set.gguf": {**common, "new_base": str(base), "to": "gguf", "quant": "Q8_0", "max_shard_size": 60_000},
         "beside": {**common, "new_base": str(nf4), "residual": 4},
     }
     kills = {
         "out": [("write", 2), ("write", 8), ("write", 17), ("journal", 5), ("commit", 1)],
-        "out.gguf": [("write", 13), ("manifest", 1)],
+        "set.gguf": [("write", 13), ("manifest", 1), ("replace", 2)],
         "beside": [("write", 9), ("write", 60)],
     }
     with subprocess.Popen(
@@ -120,7 +123,7 @@ def test_killed_anywhere_and_resumed(base: Path, patch: Path, tmp_path: Path) ->
         for name, job in jobs.items():
             job["output"] = str(tmp_path / name)
             assert outcome(driver, job) == 0
-            whole = content(tmp_path, name)
+            whole = content(tmp_path, stem := name.removesuffix(".gguf"))
             for kill in kills[name]:
                 job["output"] = str(tmp_path / f"again-{name}")
                 assert outcome(driver, job, kill) == -9, kill
@@ -131,10 +134,10 @@ def test_killed_anywhere_and_resumed(base: Path, patch: Path, tmp_path: Path) ->
                     assert outcome(driver, {**job, "resume": True}, kill) == -9
                 assert outcome(driver, {**job, "resume": True}) == 0, kill
                 assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-                again = content(tmp_path, f"again-{name}")
+                again = content(tmp_path, f"again-{stem}")
                 assert {path.removeprefix("again-"): held for path, held in again.items()} == whole, kill
                 edgeport.verify(tmp_path / f"again-{name}")
-                for path in sorted(tmp_path.glob(f"again-{name}*")):
+                for path in sorted(tmp_path.glob(f"again-{stem}*")):
                     subprocess.run(["rm", "-r", path], check=True)
         assert driver.stdin is not None
         driver.stdin.close()
@@ -264,3 +267,45 @@ def test_resuming_what_was_not_begun_is_a_port(tmp_path: Path) -> None:
     argv = bad_input.port(tmp_path)
     assert bad_input.run([*argv, "--resume"]).code == 0
     assert bad_input.run(["verify", str(tmp_path / "out")]).code == 0
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_set_of_files_is_put_in_place_whole(resume: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each is renamed on its own."""
+    job: Job = {"model": base, "output": tmp_path / "out.gguf", "max_shard_size": 200_000, "resume": resume}
+    before, replace = bad_input.listing(tmp_path), os.replace
+
+    def ending(source: Path, target: Path) -> None:
+        if source.name.startswith("out-00002"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", ending)
+        with pytest.raises(KeyboardInterrupt):
+            edgeport.export(**job)
+    assert not list(tmp_path.glob("out*"))
+    if resume:
+        receipt = edgeport.export(**job)
+        assert any("21 of 21 weights were written before an interruption" in note for note in receipt.notes)
+        edgeport.verify(tmp_path / "out.gguf")
+    else:
+        assert bad_input.listing(tmp_path) == before
+
+
+def test_an_end_just_after_the_last_step_leaves_no_journal(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would stand beside a whole output for good, which --resume finds in its way."""
+    rename = os.rename
+
+    def last(*paths: Path) -> None:
+        rename(*paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("os.rename", last)
+        with pytest.raises(KeyboardInterrupt):
+            edgeport.export(model=base, output=tmp_path / "out", to="hf", resume=True)
+    edgeport.verify(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
