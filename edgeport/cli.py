@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -96,6 +97,10 @@ def mistakes() -> Iterator[None]:
     except (EdgeportError, MissingExtra) as error:
         sys.stderr.write(f"edgeport: {error}\n")
         raise typer.Exit(getattr(error, "exit_code", 1)) from None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        sys.stderr.write(f"edgeport: stopped by {signal.Signals(number).name}\n")
+        raise typer.Exit(128 + number) from None
     except BrokenPipeError:  # who reads the output has seen enough
         raise
     except OSError as error:
@@ -425,7 +430,15 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
         raise typer.Exit()
 
 
+def stop(number: int, frame: object) -> None:
+    """What a signal does: the same as Ctrl-C, so that nothing is left behind but what --resume keeps."""
+    raise KeyboardInterrupt(number)
+
+
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is to be ignored
+            signal.signal(number, stop)
     # OpenMP's threads spin while they wait, and where cores are shared they take them from the hashing thread and others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # who starts it may have closed streams, whose numbers the first files that are opened would get

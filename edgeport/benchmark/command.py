@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import current_thread, main_thread
 
 from edgeport import api
 from edgeport.benchmark.page import page
@@ -126,29 +124,12 @@ def emptied(folder: Path) -> None:
 
 
 @contextmanager
-def ending_in_order() -> Iterator[None]:
-    """In the block a SIGTERM ends the program as an exception does, so that no model in work stays behind."""
-    if current_thread() is not main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def working(output: Path) -> Iterator[Path]:
     """A folder for models in work, beside the results: they may be larger than what /tmp holds. A failure leaves nothing."""
     anew = [folder for folder in (output, *output.parents) if not folder.exists()]
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with ending_in_order(), claimed(output / WORK):
+        with claimed(output / WORK):
             folder = staging_path(output / WORK)
             emptied(folder)  # of what a run that was killed outright has left
             try:
