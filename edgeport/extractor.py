@@ -32,7 +32,7 @@ from edgeport.extraction import (
     widest,
 )
 from edgeport.hub import called
-from edgeport.manifest import described, in_background, write_record
+from edgeport.manifest import check_unchanged, described, in_background, stamps, write_record
 from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
@@ -96,6 +96,8 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     file = Appended(plan.file, plan.room)
     with torch.no_grad(), claimed(plan.output), metered() as meter:
         check_output(plan.output, True, plan.overwrite)
+        files = [*plan.old.files, *plan.tuned.files]
+        before = stamps(files)
         inputs = in_background(partial(described, {"old_base": plan.old, "tuned": plan.tuned}))
         with staged(plan.output, [file.layout], True, plan.overwrite) as staging:
             facts = []
@@ -117,7 +119,9 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
                 time.perf_counter() - began, meter.peak, meter.above, plan.peak_above_import_bytes + ALLOWANCE_BYTES,
                 tuple(notes_on(plan, facts)),
             )  # fmt: skip
-            write_record(staging.folder, MANIFEST, inputs.result(), command, record(plan, done, inputs.result()))
+            told = inputs.result()
+            check_unchanged(files, before)
+            write_record(staging.folder, MANIFEST, told, command, record(plan, done, told))
     return done
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable, OutputExists
-from edgeport.manifest import WeightFact, fingerprint, versions
+from edgeport.manifest import WeightFact, fingerprint, stamps, versions
 from edgeport.places import journal_path, staging_path
 from edgeport.staging import Written
 from edgeport.steps import Step
@@ -91,12 +91,9 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 
 def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
     """What the output's bytes depend on, as far as it can be told without reading all of it."""
-    sources = [source for source in (plan.source, plan.old) if source]
-    texts = [path for path in (plan.method.calibration, plan.target.imatrix) if path]
-    files = [path for source in sources for path in source.files] + [path for patch in plan.patches for path in patch.files]
     return {
-        "inputs": {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in [*files, *texts]},
-        "fingerprints": [fingerprint(source) for source in sources],
+        "inputs": stamps(inputs(plan)),
+        "fingerprints": [fingerprint(source) for source in (plan.source, plan.old) if source],
         "versions": versions(),
         "command": {
             # in their order: whole values take the place of what came before them
@@ -105,6 +102,13 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip
+
+
+def inputs(plan: Plan) -> list[Path]:
+    """Every file that goes into the output's weights."""
+    read = [one for one in (plan.source, plan.old, *plan.patches) if one]
+    texts = [path for path in (plan.method.calibration, plan.target.imatrix) if path]
+    return [path for one in read for path in one.files] + texts
 
 
 def digest_of(steps: Sequence[Step]) -> str:

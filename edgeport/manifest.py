@@ -134,6 +134,21 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(paths)}
 
 
+def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of files, by path: what tells another file without reading it."""
+    return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def check_unchanged(paths: Iterable[Path], before: Mapping[str, Any]) -> None:
+    """Raises CorruptCheckpoint where a file is not what it was when it was stamped."""
+    changed = next((name for name, facts in stamps(paths).items() if before.get(name) != facts), None)
+    if changed:
+        raise CorruptCheckpoint(
+            f"{Path(changed).name} has changed while it was read, and what was made of it is of neither version; start again, "
+            "when nothing writes it"
+        )
+
+
 def fingerprint(source: Source) -> str:
     """A short identity of a model: names, shapes, formats and the first bytes of every weight.
 

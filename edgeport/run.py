@@ -19,7 +19,7 @@ from edgeport.errors import BudgetTooSmall, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
-from edgeport.manifest import Receipt, WeightFact, described, hashes, in_background, named, write_manifest
+from edgeport.manifest import Receipt, WeightFact, check_unchanged, described, hashes, in_background, named, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, resident_bytes, return_freed_blocks, trim_heap
 from edgeport.places import check_output
 from edgeport.planning import Plan
@@ -115,7 +115,9 @@ def stream(
         receipt = probed(plan, receipt, staging.folder, progress)
         if not force:
             refuse_lost(receipt)
-        write_manifest(receipt, plan.sink.folder, staging.folder, inputs.result(), command)
+        told = inputs.result()
+        check_unchanged(journals.inputs(plan), journal.depends["inputs"])
+        write_manifest(receipt, plan.sink.folder, staging.folder, told, command)
     return receipt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import edgeport
 from bench import bad_input, spoiling
 from edgeport.checkpoint import open_checkpoint
-from edgeport.errors import MissingTensor, PlanViolation, UnsupportedPatch
+from edgeport.errors import CorruptCheckpoint, MissingTensor, PlanViolation, UnsupportedPatch
 from edgeport.lowrank import truncated
 from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.patches.edits import stored_rows
@@ -258,6 +259,17 @@ def test_the_command_line(tmp_path: Path) -> None:
         name: held for name, held in first.items() if name != "edgeport.json"
     }
     assert spoiling.run(["verify", str(out)]).code == 0
+
+
+def test_a_model_that_changes_meanwhile(tmp_path: Path) -> None:
+    base, tuned = spoiling.model(tmp_path), spoiling.model(tmp_path, "tuned", spoiling.tuned())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors has changed while it was read"):
+        edgeport.extract(
+            old_base=base, tuned=tuned, output=tmp_path / "out",
+            progress=lambda weight, nbytes: os.utime(tuned / "model.safetensors", (1, 1)),
+        )  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_numbers_that_only_count_may_not_change(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import edgeport
 from bench.shapes import Shape, write_model, write_patch
 from edgeport import run
 from edgeport.blocks import ranges
-from edgeport.errors import BudgetTooSmall, NonFiniteResult, OutputExists, PatchLost, UnknownName
+from edgeport.errors import BudgetTooSmall, CorruptCheckpoint, NonFiniteResult, OutputExists, PatchLost, UnknownName
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB
 from edgeport.patches.edits import LowRank
 from edgeport.places import staging_path
@@ -239,6 +239,18 @@ def test_whole_values_beside_an_old_base_that_keeps_more_rows_together(
     outputs = [edgeport.port(patch=patch, new_base=base, old_base=one, output=tmp_path / f"from {one.stem}").output
                for one in (old, base)]  # fmt: skip
     assert read_tensors(outputs[0]) == read_tensors(outputs[1])
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "patch/adapter_model.safetensors"])
+def test_an_input_that_changes_meanwhile(name: str, base: Path, patch: Path, tmp_path: Path) -> None:
+    """Half of the output would be of what it was, half of what it is, under the hash of either."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CorruptCheckpoint, match=rf"{Path(name).name} has changed while it was read"):
+        edgeport.port(
+            patch=patch, new_base=base, output=tmp_path / "out",
+            progress=lambda weight, nbytes: os.utime(tmp_path / name, (1, 1)),
+        )  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_error_does_not_wait_for_the_hashes_of_the_inputs(
