@@ -258,7 +258,7 @@ def whole_name(name: str, file: Appended) -> str:
 def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appended, folder: Path) -> None:
     """The adapter's config, and the tokenizer where the vocabulary has grown."""
     if plan.grown:
-        with TemporaryDirectory(dir=folder.parent) as scratch:
+        with TemporaryDirectory(dir=folder) as scratch:
             for name, path in plan.tuned.assets(Path(scratch)).items():
                 if name in TOKENIZER_FILES:
                     shutil.copyfile(path, folder / name)

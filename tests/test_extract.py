@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import edgeport
 from bench import bad_input, spoiling
+from converters.hf import Folder
 from edgeport.checkpoint import open_checkpoint
 from edgeport.errors import CorruptCheckpoint, MissingTensor, PlanViolation, UnsupportedPatch
 from edgeport.lowrank import truncated
 from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.patches.edits import stored_rows
+from edgeport.places import staging_path
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -139,7 +141,11 @@ def test_what_is_no_linear_layer_is_kept_whole(tied: bool, tiny_llama: TinyLlama
     assert all(torch.allclose(again[name], value.float(), atol=1e-5, rtol=0) for name, value in after.items())
 
 
-def test_a_grown_vocabulary_comes_with_its_tokenizer(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+def test_a_grown_vocabulary_comes_with_its_tokenizer(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_in, assets = [], Folder.assets
+    monkeypatch.setattr(Folder, "assets", lambda self, staging: made_in.append(staging) or assets(self, staging))
     base, larger = tiny_llama(tied=True), tiny_llama("larger", tied=True, vocab=330)
     grown = tensors(larger)
     for name, value in tensors(base).items():
@@ -149,6 +155,8 @@ def test_a_grown_vocabulary_comes_with_its_tokenizer(tiny_llama: TinyLlama, tmp_
         output = tmp_path / f"full-{full}"
         done = edgeport.extract(old_base=base, tuned=larger, output=output, full=full)
         assert (output / "tokenizer.json").read_bytes() == (larger / "tokenizer.json").read_bytes()
+        # where the next run would find it, had this one been killed
+        assert staging_path(output) in made_in[-1].parents
         assert any("grown" in note for note in done.notes)
         again = edgeport.port(patch=output, new_base=base, output=tmp_path / f"again-{full}").output
         assert torch.equal(tensors(again)[EMBEDDING], grown[EMBEDDING])
