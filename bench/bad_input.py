@@ -96,6 +96,10 @@ def full_disk() -> HERE:
     return mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
+def small_files() -> HERE:
+    return mock.patch("os.truncate", side_effect=OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
 def read_only() -> HERE:
     # root may write anywhere, so a folder's mode bits would prove nothing
     return mock.patch("os.mkdir", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/read-only/.out.partial"))
@@ -290,6 +294,8 @@ CASES: dict[str, Case] = {
     "output of --to hf named like a GGUF": Case(with_flags(to="out.gguf"), "and --to hf writes a folder; give --to gguf"),
     "disk too small": Case(with_flags(), "free", 4, small_disk),
     "disk full on the way": Case(with_flags(), "became full on the way; free some of it", 4, full_disk),
+    "disk that takes no large file": Case(
+        with_flags(), "takes no file of the output's size; cut it with --max-shard-size", 4, small_files),
     "extract, disk full on the way": Case(extract(tuned=tuned), "became full on the way; free some of it", 4, full_disk),
     "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
     "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),

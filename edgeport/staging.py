@@ -25,6 +25,14 @@ if sys.platform == "win32":
     raise ImportError("edgeport writes by positioned writes, which Windows lacks; use WSL")
 import fcntl
 
+FULL = "the disk of {} became full on the way; free some of it, or give an -o on another"
+NO_ROOM = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    # FAT has none of 4 GiB; or ulimit -f
+    errno.EFBIG: "{} takes no file of the output's size; cut it with --max-shard-size 4GB, or give an -o on another disk",
+}
+
 
 @dataclass(slots=True)
 class Staging:
@@ -179,10 +187,8 @@ def staged(
         commit(place, output, folder)
     except BaseException as error:
         kept = journal is not None and journal.outlives(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NotEnoughDisk(
-                f"the disk of {output.absolute().parent} became full on the way; free some of it, or give an -o on another"
-            ) from error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise NotEnoughDisk(NO_ROOM[error.errno].format(output.absolute().parent)) from error
         raise
     finally:
         staging.close()
