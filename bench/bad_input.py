@@ -100,6 +100,15 @@ def small_files() -> HERE:
     return mock.patch("os.truncate", side_effect=OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
 
 
+def no_memory() -> HERE:
+    def too_much(*_: object) -> None:
+        import torch
+
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    return mock.patch("edgeport.run.edit", side_effect=too_much)
+
+
 def read_only() -> HERE:
     # root may write anywhere, so a folder's mode bits would prove nothing
     return mock.patch("os.mkdir", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/read-only/.out.partial"))
@@ -297,6 +306,7 @@ CASES: dict[str, Case] = {
     "disk that takes no large file": Case(
         with_flags(), "takes no file of the output's size; cut it with --max-shard-size", 4, small_files),
     "extract, disk full on the way": Case(extract(tuned=tuned), "became full on the way; free some of it", 4, full_disk),
+    "memory that the system does not give": Case(with_flags(), "gives this process no more memory", 4, no_memory),
     "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
     "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),
     "--max-ram negative": Case(with_flags("--max-ram", "-1"), "'-1' is not a size", 2),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeport import __version__, api
-from edgeport.errors import EdgeportError, MissingExtra, NotPortable, UnknownName, VerificationFailed
+from edgeport.errors import BudgetTooSmall, EdgeportError, MissingExtra, NotPortable, UnknownName, VerificationFailed
 from edgeport.gate import REFUSED
 from edgeport.options import (
     Asymmetric,
@@ -106,6 +106,15 @@ def mistakes() -> Iterator[None]:
     except OSError as error:
         sys.stderr.write(f"edgeport: {error.strerror or error}: {error.filename or ''}\n")
         raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class for it on a CPU
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        sys.stderr.write(
+            "edgeport: the system gives this process no more memory; free some, or lift its limit (ulimit -v); a port, an export "
+            "and an extraction take less with --max-ram\n"
+        )
+        raise typer.Exit(BudgetTooSmall.exit_code) from None
 
 
 def emit(content: Any, as_json: bool, text: str) -> None:
