@@ -34,6 +34,7 @@ from bench.spoiling import (
     another_config,
     beside,
     changed_byte,
+    dangling,
     dense,
     diagnose,
     empty,
@@ -44,6 +45,7 @@ from bench.spoiling import (
     foreign_onnx,
     gguf_over_a_folder,
     info,
+    looped,
     missing_split,
     model,
     moved,
@@ -293,6 +295,8 @@ CASES: dict[str, Case] = {
     # what the output asks
     "output exists": Case(
         lambda f: port(f, None, None, to=empty(f / "out").name), "exists already; give another -o or --overwrite"),
+    "output is a link to itself": Case(looped, "exists already"),
+    "output GGUF is a link to nothing, --overwrite": Case(dangling, "is a file that edgeport did not write"),
     "output exists as a file": Case(beside("out", "keep"), "exists already"),
     "output is a folder of others, --overwrite": Case(beside("out", None), "that edgeport did not write"),
     "output is a file of others, --overwrite": Case(beside("out", "mine"), "that edgeport did not write"),

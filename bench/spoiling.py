@@ -176,6 +176,20 @@ def stale(folder: Path, journal: str) -> list[str]:
     return port(folder, None, None, "--resume")
 
 
+def looped(folder: Path) -> list[str]:
+    """A port to a link that leads to itself."""
+    (folder / "out").symlink_to("out")
+    return port(folder)
+
+
+def dangling(folder: Path) -> list[str]:
+    """An export to a link that leads to where nothing is, as on a disk that is not mounted."""
+    base = model(folder)
+    tokenizer(base, VOCABULARY)
+    (folder / "out.gguf").symlink_to("elsewhere/out.gguf")
+    return export(base, folder / "out.gguf", "--overwrite")
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     code: int

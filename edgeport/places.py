@@ -43,7 +43,7 @@ def half_placed(output: Path) -> list[str]:
 
 def through_links(output: Path) -> Path:
     """Where an output folder goes: a rename onto a link would leave what it leads to, perhaps on another disk, as it is."""
-    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+    return Path(os.path.realpath(output)) if output.is_symlink() or output.name in ("", "..") else output
 
 
 def check_output(output: Path, folder: bool, overwrite: bool) -> None:
@@ -55,7 +55,9 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
     if os.path.ismount(output):
         raise OutputExists(f"{output} is a mount point, which nothing can take the place of; give a folder inside it")
     broken_off = half_placed(output)
-    standing = (path for path in (output, manifest_path(output, folder)) if path.exists() and path.name not in broken_off)
+    # also a link that leads nowhere, as to a disk that is not mounted, or to itself
+    places = (path for path in (output, manifest_path(output, folder)) if path.name not in broken_off)
+    standing = (path for path in places if os.path.lexists(path))
     existing = next(standing, None)
     if existing is None:
         return
