@@ -111,6 +111,10 @@ def no_memory() -> HERE:
     return mock.patch("edgeport.run.edit", side_effect=too_much)
 
 
+def no_thread() -> HERE:
+    return mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread"))
+
+
 def read_only() -> HERE:
     # root may write anywhere, so a folder's mode bits would prove nothing
     return mock.patch("os.mkdir", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS), "/read-only/.out.partial"))
@@ -311,6 +315,7 @@ CASES: dict[str, Case] = {
         with_flags(), "takes no file of the output's size; cut it with --max-shard-size", 4, small_files),
     "extract, disk full on the way": Case(extract(tuned=tuned), "became full on the way; free some of it", 4, full_disk),
     "memory that the system does not give": Case(with_flags(), "gives this process no more memory", 4, no_memory),
+    "a thread that the system does not give": Case(with_flags(), "gives this process no more memory", 4, no_thread),
     "--max-ram too small": Case(with_flags("--max-ram", "100MB"), "--max-ram 95.4 MiB is too small", 4),
     "--max-ram nonsense": Case(with_flags("--max-ram", "lots"), "'lots' is not a size", 2),
     "--max-ram negative": Case(with_flags("--max-ram", "-1"), "'-1' is not a size", 2),

@@ -85,6 +85,8 @@ app = typer.Typer(
     help="Port a fine-tune's patch onto an updated base, in low memory, straight to HF, GGUF or ONNX.",
 )
 
+NO_MEMORY = ("can't allocate memory", "can't start new thread")
+"""What torch says of the CPU's, and Python of a thread's stack; neither has a class for it."""
 CAPABILITIES = {"rw": "read, write", "rp": "read, patch", "r": "read", "copy": "copy"}
 FORCED_HELP = "Take an old base that is not the one the patch names, or a new one without its adapter."
 
@@ -107,8 +109,7 @@ def mistakes() -> Iterator[None]:
         sys.stderr.write(f"edgeport: {error.strerror or error}: {error.filename or ''}\n")
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
-        # torch has no class for it on a CPU
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(told in str(error) for told in NO_MEMORY):
             raise
         sys.stderr.write(
             "edgeport: the system gives this process no more memory; free some, or lift its limit (ulimit -v); a port, an export "
