@@ -106,7 +106,7 @@ def mistakes() -> Iterator[None]:
     except BrokenPipeError:  # who reads the output has seen enough
         raise
     except OSError as error:
-        sys.stderr.write(f"edgeport: {error.strerror or error}: {error.filename or ''}\n")
+        sys.stderr.write("edgeport: " + ": ".join(str(part) for part in (error.strerror or error, error.filename) if part) + "\n")
         raise typer.Exit(1) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(told in str(error) for told in NO_MEMORY):

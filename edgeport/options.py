@@ -35,7 +35,7 @@ Seed = Annotated[int, typer.Option(help="Of the draws that rounding takes; recor
 Sidecar = Annotated[bool, typer.Option("--sidecar", help="Leave the base as it is, and put the patch beside it as an adapter.")]
 PROMOTE_HELP = "Store the patched weights that rounding harms most in finer formats, up to --max-size."
 Promote = Annotated[bool, typer.Option("--promote", help=PROMOTE_HELP)]
-MaxSize = Annotated[str | None, typer.Option(help="Most bytes of the output's weights, such as 5GB, with --promote.")]
+MaxSize = Annotated[str | None, typer.Option(help="Most bytes of the output, such as 5GB, with --promote.")]
 RESIDUAL_HELP = "Put what rounding lost beside the output, as an adapter of this rank."
 Residual = Annotated[int | None, typer.Option(metavar="RANK", help=RESIDUAL_HELP)]
 PROBE_HELP = "Run base, exact port and output on a short text (default: where a patch is rounded)."

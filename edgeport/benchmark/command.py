@@ -42,7 +42,8 @@ class Own:
 
 def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | None, limit: int | None, overwrite: bool,
               offline: bool, command: str, say: Say) -> Results:  # fmt: skip
-    """Measure a patch on a user's model. Every mistake in the input is raised before a file is made."""
+    """Measure a patch on a user's model. Mistakes in the input are raised before a file is made, but for a question that is
+    too long for a model, which the first that is asked tells."""
     questions = read_questions(own.questions)[:limit]
     told = read_text(text) if text is not None else None
     precisions = parsed(quants)
