@@ -121,8 +121,12 @@ def measure(folder: Path) -> dict[str, float]:
     api.formats()  # imports every codec
     plan = planned(folder, "cpu")
 
+    write = staging.write_at
+
     def discard(handle: int, view: memoryview, offset: int) -> None:
-        """A mock would keep what it is given."""
+        """Keep the head, which says where each weight lies, and no weight."""
+        if offset == 0:
+            write(handle, view, offset)
 
     with (
         mock.patch.object(staging, "write_at", discard),
