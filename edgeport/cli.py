@@ -1,23 +1,17 @@
-"""The command line: verbs, exit codes, and one sentence for every mistake."""
+"""The command line: the verbs, and what each prints."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import shlex
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeport import __version__, api
-from edgeport.errors import BudgetTooSmall, EdgeportError, MissingExtra, NotPortable, UnknownName, VerificationFailed
+from edgeport.errors import NotPortable, UnknownName, VerificationFailed
 from edgeport.gate import REFUSED
 from edgeport.options import (
     Asymmetric,
@@ -62,6 +56,7 @@ from edgeport.options import (
     Verbose,
 )  # fmt: skip
 from edgeport.probing import TOKENS
+from edgeport.process import emit, mistakes, prepare
 from edgeport.report import bar, say, table
 from edgeport.texts import (
     changes_text,
@@ -85,48 +80,8 @@ app = typer.Typer(
     help="Port a fine-tune's patch onto an updated base, in low memory, straight to HF, GGUF or ONNX.",
 )
 
-NO_MEMORY = ("can't allocate memory", "can't start new thread")
-"""What torch says of the CPU's, and Python of a thread's stack; neither has a class for it."""
 CAPABILITIES = {"rw": "read, write", "rp": "read, patch", "r": "read", "copy": "copy"}
 FORCED_HELP = "Take an old base that is not the one the patch names, or a new one without its adapter."
-
-
-@contextmanager
-def mistakes() -> Iterator[None]:
-    """One line on stderr and the exit code of the error's kind; anything else is our bug and keeps its traceback."""
-    try:
-        yield
-    except (EdgeportError, MissingExtra) as error:
-        sys.stderr.write(f"edgeport: {error}\n")
-        raise typer.Exit(getattr(error, "exit_code", 1)) from None
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        sys.stderr.write(f"edgeport: stopped by {signal.Signals(number).name}\n")
-        raise typer.Exit(128 + number) from None
-    except BrokenPipeError:  # who reads the output has seen enough
-        raise
-    except OSError as error:
-        sys.stderr.write("edgeport: " + ": ".join(str(part) for part in (error.strerror or error, error.filename) if part) + "\n")
-        raise typer.Exit(1) from None
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(told in str(error) for told in NO_MEMORY):
-            raise
-        sys.stderr.write(
-            "edgeport: the system gives this process no more memory; free some, or lift its limit (ulimit -v); a port, an export "
-            "and an extraction take less with --max-ram\n"
-        )
-        raise typer.Exit(BudgetTooSmall.exit_code) from None
-
-
-def emit(content: Any, as_json: bool, text: str) -> None:
-    try:
-        sys.stdout.write((json.dumps(content, indent=1) if as_json else text) + "\n")
-        sys.stdout.flush()
-    except OSError as error:
-        # what is left in the buffer would be tried again when the program ends, where nothing catches the error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        error.filename = "the standard output"
-        raise
 
 
 def pairs(types: list[str] | None) -> list[tuple[str, str]]:
@@ -440,23 +395,6 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
         raise typer.Exit()
 
 
-def stop(number: int, frame: object) -> None:
-    """What a signal does: the same as Ctrl-C, so that nothing is left behind but what --resume keeps."""
-    raise KeyboardInterrupt(number)
-
-
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is to be ignored
-            signal.signal(number, stop)
-    # OpenMP's threads spin while they wait, and where cores are shared they take them from the hashing thread and others
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # who starts it may have closed streams, whose numbers the first files that are opened would get
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        continue
-    os.close(spare)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    # a path may hold signs that the terminal's encoding lacks
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    prepare()
     app()
