@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import edgeport
-from bench.onnx_models import random_model
+from bench.onnx_models import saved_model
 from edgeport.report import table
 from edgeport.runtime import Runner
 
@@ -68,7 +68,7 @@ def main() -> int:
         expected: dict[str, list[int]] = {}
         exact: dict[str, list[int]] = {}
         for name, facts in FAMILIES.items():
-            theirs = written(random_model(facts, Path(scratch) / name))
+            theirs = written(saved_model(facts, Path(scratch) / name))
             for way, options in WAYS.items():
                 output = Path(scratch) / f"{name}, {way}"
                 edgeport.export(model=Path(scratch) / name, output=output, to="onnx", **options)

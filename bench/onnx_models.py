@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -84,19 +85,26 @@ def spoken(output: Path, tokens: NDArray[np.int64], runner: Runner | None = None
     return np.concatenate([runner.step(tokens[:, start:stop]) for start, stop in pairwise(edges)], axis=1)
 
 
-def random_model(facts: Mapping[str, Any], folder: Path) -> Any:
-    """A tiny one of the family that `facts` name, saved in `folder`: transformers' model, of weights far enough from zero that
-    a mistake in one of them shows."""
+def random_model(settings: Mapping[str, Any]) -> Any:
+    """transformers' model of these settings, of weights so far from zero and from each other that a mistake in one shows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    settings = {**SMALL, **facts}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    told = deepcopy(dict(settings))  # which transformers changes
     causal: Any = AutoModelForCausalLM
-    model = causal.from_config(config, attn_implementation="eager").eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(told.pop("model_type"), **told)
+        model = causal.from_config(config, attn_implementation="eager").eval()
+        for parameter in model.parameters():
+            # norms and biases that are not all alike, and logits that are not all about zero
+            parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
+    return model
+
+
+def saved_model(facts: Mapping[str, Any], folder: Path) -> Any:
+    """A tiny one of the family that `facts` name, which `folder` then has as well."""
+    model = random_model({**SMALL, **facts})
     model.save_pretrained(folder)
     return model
 
@@ -107,7 +115,7 @@ def models(folder: Path) -> Iterator[tuple[str, Path, Any]]:
     from transformers import AutoModelForCausalLM
 
     for name, facts in FAMILIES.items():
-        yield name, folder / name, random_model(facts, folder / name)
+        yield name, folder / name, saved_model(facts, folder / name)
     real = folder / "real"
     edgeport.export(model=packaged_model(), output=real, to="hf", quant="f32")
     model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32, attn_implementation="eager")

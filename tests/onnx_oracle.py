@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench.onnx_models import random_model
 from edgeport.runtime import Runner
 
 SMALL = {
@@ -48,15 +47,7 @@ Families = Callable[[str], tuple[Path, Any]]
 
 def build(name: str) -> Any:
     """A random model of a family."""
-    settings = deepcopy(SMALL | FAMILIES[name])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        for parameter in model.parameters():
-            # norms and biases that are not all alike, and logits that are not all about zero
-            parameter.data = parameter.data * 3 if parameter.ndim > 1 else parameter.data + torch.randn_like(parameter) * 0.1
-    return model
+    return random_model({**SMALL, **FAMILIES[name]})
 
 
 def tokens(batch: int = 1) -> NDArray[np.int64]:
