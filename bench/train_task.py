@@ -13,14 +13,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from peft import PeftModel
-from torch.nn.functional import cross_entropy
-
-from bench import train_evolution, train_triage, training
-from bench.train_triage import IGNORED, batches
+from bench import prefixes, train_evolution, train_triage, training
 from edgeport.benchmark.questions import Asked
 from edgeport.benchmark.tasks import TASKS
 
@@ -43,15 +37,6 @@ def fed(asked: Sequence[Asked], count: int, seed: int) -> list[Asked]:
     return found[:count]
 
 
-def loss(tuned: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """That of transformers, with logits for the answers' tokens alone."""
-    base: Any = tuned.get_base_model()
-    hidden = base.model(batch["input_ids"]).last_hidden_state[:, :-1]
-    labels = batch["labels"][:, 1:]
-    answers = labels != IGNORED
-    return cross_entropy(base.lm_head(hidden[answers]), labels[answers])
-
-
 def main() -> None:
     parser = training.command_line(__doc__, train_triage.RECIPE)
     parser.set_defaults(**dict.fromkeys(training.CHANGED))
@@ -64,8 +49,8 @@ def main() -> None:
     model = training.load_base(arguments.base, arguments.device)
     tokenizer = training.load_tokenizer(arguments.base)
     tuned = training.attach_lora(model, recipe)
-    stream = batches(fed(asked, count, recipe.seed), tokenizer, recipe.batch_size)
-    run = training.train(tuned, recipe, stream, lambda batch: loss(tuned, batch))
+    stream = prefixes.batches(fed(asked, count, recipe.seed), tokenizer, recipe.batch_size)
+    run = training.train(tuned, recipe, stream, lambda batch: prefixes.loss(tuned, batch))
     training.save_adapter(tuned, recipe, arguments.output)
     training.write_record(arguments.output, arguments.base, "bench.train_task", recipe, run, data={"questions": len(asked)})
 

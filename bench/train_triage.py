@@ -3,15 +3,11 @@
 python -m bench.train_triage -o edgeport/demo/adapters/triage
 """
 
-from collections.abc import Iterator, Sequence
-
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench import training
+from bench import prefixes, training
 from bench.training import Recipe, Run
-from edgeport.benchmark.questions import Asked, gold
 from edgeport.demo import triage
 
 RECIPE = Recipe(
@@ -23,36 +19,15 @@ RECIPE = Recipe(
     target_modules=("k_proj", "o_proj", "q_proj", "v_proj"),
     seed=0,
 )
-IGNORED = -100  # the label that a causal language model's loss leaves out
 
 
 def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[PeftModel, Run]:
     """Train the patch inside `model`, on each question once."""
     asked = triage.questions("train", recipe.steps * recipe.batch_size, recipe.seed)
     tuned = training.attach_lora(model, recipe)
-    fed = batches(asked, tokenizer, recipe.batch_size)
-    run = training.train(tuned, recipe, fed, lambda batch: tuned(**batch).loss)
+    fed = prefixes.batches(asked, tokenizer, recipe.batch_size)
+    run = training.train(tuned, recipe, fed, lambda batch: prefixes.loss(tuned, batch))
     return tuned, run
-
-
-def batches(
-    asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Right-padded; the loss is on the answer and the end of the turn, not on the prompt."""
-    for start in range(0, len(asked), size):
-        some = asked[start : start + size]
-        prompts = tokenizer([question.prompt for question in some])["input_ids"]
-        options = tokenizer([gold(question) for question in some])["input_ids"]
-        rows = [(prompt, [*option, tokenizer.eos_token_id]) for prompt, option in zip(prompts, options, strict=True)]
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), width), tokenizer.eos_token_id)
-        labels = torch.full((len(rows), width), IGNORED)
-        for row, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[row, :end] = torch.tensor(prompt + answer)
-            labels[row, len(prompt) : end] = torch.tensor(answer)
-        # Padding comes last, where a causal model's earlier positions cannot see it: no mask needed.
-        yield {"input_ids": ids, "labels": labels}
 
 
 def main() -> None:
