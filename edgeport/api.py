@@ -255,8 +255,10 @@ def compare(output: Location, against: Location, *, tokens: int = TOKENS, offlin
     """KL and top-1 agreement of two models' next-token distributions, computed one layer at a time.
 
     On `tokens` of text, or as many as both models have positions for. An adapter that an output of edgeport has beside it
-    belongs to it.
+    belongs to it. Raises UnknownName for fewer than 2 tokens.
     """
+    if tokens < 2:
+        raise UnknownName(f"two models are compared on 2 tokens of text or more, not {tokens}")
     from edgeport import probe
     from edgeport.effect import open_whole
 

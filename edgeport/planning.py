@@ -35,7 +35,7 @@ from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
 from edgeport.seams import Cautioned, Converter, FileLayout, Patch, Sink, Source, Target
-from edgeport.steps import VRAM_FIXED_BYTES, Limits, Rule, Step, block_budget, cut, is_linear
+from edgeport.steps import VRAM_FIXED_BYTES, Allowed, Limits, Rule, Step, block_budget, cut, is_linear
 from edgeport.tensor import Weight
 from edgeport.vocabulary import tokenizer_files
 
@@ -227,7 +227,8 @@ def make_plan(
         steps=steps, files=files, patch_tensors=sum(len(patch.tensors) for patch in patches),
         peak_above_import_bytes=peak + fixed, peak_vram_bytes=VRAM_FIXED_BYTES + vram if allowed.cuda else 0,
         notes=(*notes_on_values(work), *about_tokens, *cautions(beside), *sink.notes,
-               *notes_on_rounding(steps, rule, method, hindrance, probing), *notes_on_importance(steps, target, method)),
+               *notes_on_rounding(steps, rule, method, hindrance, probing), *notes_on_importance(steps, target, method),
+               *notes_on_memory(limits, allowed)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
     )  # fmt: skip
 
@@ -253,6 +254,13 @@ def notes_on_importance(steps: Sequence[Step], target: Target, method: Method) -
     if target.imatrix is None or anew or method.residual is not None:
         return []
     return ["nothing reads --imatrix: it is for numbers that are quantized anew, and those of this output are not"]
+
+
+def notes_on_memory(limits: Limits, allowed: Allowed) -> list[str]:
+    """Whether a bound on a device's memory was given for nothing."""
+    if limits.vram is None or allowed.cuda:
+        return []
+    return ["nothing reads --max-vram: the weights go through the CPU"]
 
 
 def plan_adapter(sink: Sink, patched: Patched, placed: Mapping[str, Weight], method: Method) -> Adapter | None:

@@ -90,6 +90,8 @@ def test_a_comparison_takes_the_adapter_along(tiny_llama: TinyLlama, tmp_path: P
         output = edgeport.port(patch=patch, new_base=base, output=tmp_path / name, to=to, sidecar=True).output
         assert edgeport.compare(output, merged, tokens=64).mean_kl < 1e-6
     assert edgeport.compare(base, merged, tokens=64).mean_kl > 1e-4
+    with pytest.raises(UnknownName, match="2 tokens of text or more, not -5"):
+        edgeport.compare(base, merged, tokens=-5)
 
 
 def test_a_base_with_an_adapter_is_not_taken_without_it(tiny_llama: TinyLlama, tmp_path: Path) -> None:

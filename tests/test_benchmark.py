@@ -296,7 +296,7 @@ def test_a_killed_run_leaves_nothing_and_another_s_models_go(own: list[str | Pat
     left = tmp_path / "out" / ".models.partial" / "model-x"
     left.mkdir(parents=True)
     (left / "model.gguf").write_bytes(b"what a run left that was killed outright")
-    assert run(*own, "--quant", "Q8_0", "--quant", "Q8_0").exit_code == 0
+    assert run(*own, "--quant", "Q8_0", "--quant", "q8_0").exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "results.html"}
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [one["model"] for one in rows] == ["ported", "evolved base"]

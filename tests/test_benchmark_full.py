@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -104,6 +105,19 @@ def test_shares(count: int, most: list[int], expected: list[int]) -> None:
 
 def row(model: str, precision: str, correct: int, seed: int = 0, evolution: str = "full parameters") -> Row:
     return Row("triage", evolution, model, precision, 1, correct, 10, 0.0, 1, patch_seed=seed)
+
+
+def test_results_that_do_not_fit_leave_the_earlier_ones(tmp_path: Path) -> None:
+    written(Results("command", [], 0, [row(EVOLVED, "bf16", 2)]), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            written(Results("command", [], 0, [row(EVOLVED, "bf16", 3)]), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_results_of_several_runs_are_one(tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_pinned_buffers_are_in_the_ram_prediction() -> None:
     assert step.peak_bytes >= 2 * block * 2 + 2 * block * 4
 
 
+def test_a_bound_on_a_device_that_is_not_used_is_said_to_be_idle(tmp_path: Path) -> None:
+    base = write_model(Shape(64, 1, 64, 128, 4, 4), tmp_path / "base", None)
+    notes = edgeport.plan(new_base=base, output=tmp_path / "out", device="cpu", max_vram="1GiB").notes
+    assert notes == ("nothing reads --max-vram: the weights go through the CPU",)
+
+
 def test_unknown_device() -> None:
     with pytest.raises(UnknownName, match="auto, cpu, cuda"):
         device.choose("tpu")

@@ -98,8 +98,11 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
 
 
 def parsed(quants: Sequence[str]) -> list[Precision]:
-    """Each once. Raises UnknownName."""
-    return list(dict.fromkeys(map(Precision.parse, quants or PRECISIONS)))
+    """Each once, in whatever letters. Raises UnknownName."""
+    each: dict[str, Precision] = {}
+    for precision in map(Precision.parse, quants or PRECISIONS):
+        each.setdefault(precision.name.lower(), precision)
+    return list(each.values())
 
 
 def facts(case: Case, title: str, source: str) -> dict[str, object]:
@@ -148,8 +151,11 @@ def written(results: Results, output: Path) -> Results:
     contents = (json.dumps(results.to_json(), indent=1) + "\n", results.markdown(), page(results))
     for name, content in zip(FILES, [content.encode() for content in contents], strict=True):
         partial = output / f".{name}.partial"
-        partial.write_bytes(content)
-        shutil.move(partial, output / name)
+        try:
+            partial.write_bytes(content)
+            partial.replace(output / name)
+        finally:
+            partial.unlink(missing_ok=True)
     return results
 
 
