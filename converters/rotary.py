@@ -40,8 +40,8 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UnsupportedArchitecture("config.json has rotary settings for each kind of layer, which no family here has")
-    if config.get("original_max_position_embeddings"):
-        rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+    if config.get("original_max_position_embeddings") and rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope
 
 
@@ -90,7 +90,7 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, positions: int) -> tuple
     if kind == "linear":
         plain = plain / rope["factor"]
     if kind == "llama3":
-        plain = plain / llama3_factors(rope, head_dim)
+        plain = plain / llama3_factors({"original_max_position_embeddings": positions, **rope}, head_dim)
     if kind == "yarn":
         return _yarn(rope, plain, head_dim, positions)
     return plain.astype(np.float32), 1.0

@@ -44,6 +44,15 @@ class Encoder:
     def reads_text(self) -> bool:
         return self.config["model_type"] in TEXT
 
+    @property
+    def picture(self) -> tuple[int, int] | None:
+        """Height and width, of a model that looks at pictures."""
+        if self.config["model_type"] not in IMAGE:
+            return None
+        size = self.config.get("image_size", 224)
+        height, width = size if isinstance(size, list) else (size, size)
+        return height, width
+
     def dims(self) -> dict[str, tuple[str | int, ...]]:
         """Inputs and their dimensions, those that vary by name. Raises ConvertError."""
         kind, config = self.config["model_type"], self.config
@@ -52,10 +61,8 @@ class Encoder:
                 typed = config.get("type_vocab_size", 1) > 1 and kind != "modernbert"
                 names = ["input_ids", "attention_mask", *["token_type_ids"] * typed]
                 return dict.fromkeys(names, ("batch", "length"))
-            if kind in IMAGE:
-                size = config.get("image_size", 224)
-                height, width = size if isinstance(size, list) else (size, size)
-                return {"pixel_values": ("batch", config.get("num_channels", 3), height, width)}
+            if self.picture:
+                return {"pixel_values": ("batch", config.get("num_channels", 3), *self.picture)}
             # two frames a position: the encoder's second convolution has a stride of two
             return {"input_features": ("batch", config["num_mel_bins"], 2 * config["max_source_positions"])}
         except KeyError as error:

@@ -139,13 +139,15 @@ def build_class(config: Mapping[str, Any], name: str) -> Model:
 
 def made(config: Mapping[str, Any], make: Callable[..., Model], what: str) -> Model:
     transformers, torch = need("transformers", "hf"), need("torch", "hf")
+    strict = need("huggingface_hub.errors", "hf").StrictDataclassError
     fields = {key: deepcopy(value) for key, value in config.items() if key not in NOT_THE_MODEL}
     try:
         described = transformers.AutoConfig.for_model(fields.pop("model_type", "none at all"), **fields)
         with parameters_without_memory():
             model = make(described, dtype=torch.float32)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:120]
+    except (ValueError, KeyError, TypeError, strict) as error:  # of settings that are missing, or of another kind
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(told.split())[:120]
         raise UnsupportedArchitecture(
             f"transformers has no {what} for a config.json of type {config.get('model_type')!r}: {reason}"
         ) from error

@@ -46,10 +46,16 @@ class Likeness:
 
 
 def compare(reference: Source, candidate: Source) -> Likeness:
-    """Run both on the same inputs. Raises VerificationFailed where they have no output in common, NonFiniteResult,
-    and what `outputs_of` does."""
-    known = known_encoder(reference)
-    length = min(LENGTH, int(reference.config.get("max_position_embeddings", LENGTH)) // 2)
+    """Run both on the same inputs. Raises VerificationFailed where they have not the same inputs, or no output in
+    common, NonFiniteResult, and what `outputs_of` does."""
+    known, other = known_encoder(reference), known_encoder(candidate)
+    taken = [(one.dims(), one.config.get("vocab_size") if one.reads_text else None) for one in (known, other)]
+    if taken[0] != taken[1]:
+        words = [", ".join(f"{name} {list(dims)}" for name, dims in dims.items()) + (f" of {size} tokens" if size else "")
+                 for dims, size in taken]  # fmt: skip
+        raise VerificationFailed(f"the two encoders take {words[0]} and {words[1]}; only the same inputs are compared")
+    reach = (int(source.config.get("max_position_embeddings", LENGTH)) for source in (reference, candidate))
+    length = min(LENGTH, min(reach) // 2)
     given = known.example({"batch": BATCH, "length": length})
     theirs, ours = (outputs_of(source, given) for source in (reference, candidate))
     both = {name: (theirs[name], ours[name]) for name in theirs if name in ours}

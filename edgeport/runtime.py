@@ -90,6 +90,8 @@ class Runner:
         ids = np.ascontiguousarray(tokens, np.int64)
         batch, length = ids.shape
         mask = np.ones_like(ids) if mask is None else mask
+        if self.fused:
+            check_padding(mask, first=not self.length)
         if batch > 1 and length > 1 and self.length:
             # more than onnxruntime's grouped-query attention takes at once
             places = [slice(place, place + 1) for place in range(length)]
@@ -97,8 +99,6 @@ class Runner:
         seen = mask if self.mask is None else np.concatenate([self.mask, mask], axis=1)
         if seen.shape[1] > self.positions:
             raise ConvertError(f"{seen.shape[1]} tokens are more than the {self.positions} that the model has positions for")
-        if self.fused and not seen[:, 0].all():
-            raise ConvertError("a text is padded on the left, which fused attention cannot take; pad its end, or --portable")
         fed = {"input_ids": ids, "attention_mask": seen}
         if "position_ids" in self.inputs:
             fed["position_ids"] = np.arange(self.length, seen.shape[1])[None].repeat(batch, 0)
@@ -129,10 +129,20 @@ class Runner:
     def generate(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> Iterator[int]:
         """Greedy: up to `count` tokens after the prompt, each the likeliest; ends after a token of `stop`."""
         self.reset()
-        logits = self.step([prompt])
+        unread = prompt
         for _ in range(count):
-            token = int(logits[0, -1].argmax())
+            token = int(self.step([unread])[0, -1].argmax())
             yield token
             if token in stop:
                 return
-            logits = self.step([[token]])
+            unread = [token]
+
+
+def check_padding(mask: NDArray[np.int64], first: bool) -> None:
+    """Raises ConvertError for padding that grouped-query attention would take for a part of the text: it goes by how many
+    tokens a text has, so that they have to come first, and what comes after padding takes its place in the cache."""
+    if not mask[:, 0].all() and first:
+        raise ConvertError("a text is padded on the left, which fused attention cannot take; pad its end, or --portable")
+    if (mask[:, 1:] > mask[:, :-1]).any() or (not first and not mask.all()):
+        remedy = "pad the end of its first piece alone, or --portable"
+        raise ConvertError(f"a text goes on after padding, which fused attention cannot take; {remedy}")

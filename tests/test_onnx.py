@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import edgeport
@@ -104,6 +105,36 @@ def test_a_fused_graph_refuses_padding_on_the_left(families: Families, tmp_path:
         Runner(tmp_path / "out", threads=1).step(tokens(2)[:, :12], mask)
 
 
+def test_a_fused_graph_takes_padding_at_the_end_of_the_first_piece_alone(families: Families, tmp_path: Path) -> None:
+    folder, model = families("llama")
+    edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32")
+    text, mask = tokens(2)[:, :12], np.ones((2, 12), np.int64)
+    mask[1, 8:] = 0
+    runner = Runner(tmp_path / "out", threads=1)
+    ours = runner.step(text, mask)
+    with torch.no_grad():
+        theirs = [model(torch.from_numpy(text[:1])).logits.numpy(), model(torch.from_numpy(text[1:, :8])).logits.numpy()]
+    assert error(ours[0], theirs[0][0]) < 2e-6 and error(ours[1, :8], theirs[1][0]) < 2e-6
+    # the shorter text goes on where it ended
+    more = runner.step(text[:, :1])
+    with torch.no_grad():
+        longer = model(torch.from_numpy(np.append(text[1:, :8], text[1:, :1], axis=1))).logits.numpy()
+    assert error(more[1, 0], longer[0, -1]) < 2e-6
+    with pytest.raises(ConvertError, match=r"goes on after padding.*--portable"):
+        runner.step(text[:, :2], np.array([[1, 1], [1, 0]]))
+    runner.reset()
+    with pytest.raises(ConvertError, match="goes on after padding"):
+        runner.step(text[:1, :3], np.array([[1, 0, 1]]))
+
+
+def test_text_goes_on_to_the_last_position(families: Families, tmp_path: Path) -> None:
+    edgeport.export(model=families("llama")[0], output=tmp_path / "out", to="onnx", quant="fp32")
+    runner = Runner(tmp_path / "out", threads=1)
+    assert len(list(runner.generate([5] * 253, 4))) == 4  # the last is never read
+    with pytest.raises(ConvertError, match="257 tokens are more than the 256"):
+        list(runner.generate([5] * 253, 5))
+
+
 def test_greedy_text_is_that_of_transformers(families: Families, tmp_path: Path) -> None:
     folder, model = families("gemma2")
     edgeport.export(model=folder, output=tmp_path / "out", to="onnx", quant="fp32")
@@ -123,6 +154,20 @@ def test_rotary_frequencies_are_those_of_transformers() -> None:
         ours, factor = frequencies(rotary_settings(config.to_dict()), 16, 256)
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=3e-7)
         assert factor == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("outer", [None, 32])
+@pytest.mark.parametrize("inner", [None, 64])
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}])
+def test_the_context_that_scaled_angles_were_made_for(rope: dict[str, Any], inner: int | None, outer: int | None) -> None:
+    name = "original_max_position_embeddings"
+    inside = {key: value for key, value in rope.items() if key != name}
+    if inner and name in rope:
+        inside[name] = inner
+    told: dict[str, Any] = {**SMALL, "rope_theta": 5e5, "rope_scaling": inside, **({name: outer} if outer else {})}
+    model = LlamaForCausalLM(AutoConfig.for_model("llama", **deepcopy(told)))
+    ours, _ = frequencies(rotary_settings(told), 16, 256)
+    np.testing.assert_allclose(ours, model.model.rotary_emb.inv_freq.numpy(), rtol=3e-7)
 
 
 # options, bits, and what half-precision activations may do to the logits of the file's own numbers

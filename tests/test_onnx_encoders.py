@@ -24,7 +24,15 @@ from safetensors.torch import load_file, save_file
 import edgeport
 from bench.bad_input import run
 from edgeport.encoders import ENCODERS, encoder
-from edgeport.errors import BlockMismatch, ConvertError, CorruptCheckpoint, MissingTensor, UnmappedTensor, UnsupportedArchitecture
+from edgeport.errors import (
+    BlockMismatch,
+    ConvertError,
+    CorruptCheckpoint,
+    MissingTensor,
+    UnmappedTensor,
+    UnsupportedArchitecture,
+    VerificationFailed,
+)
 from tests.conftest import saved_once
 from tests.onnx_oracle import unpacked
 
@@ -243,6 +251,36 @@ def test_verify_fails_where_the_outputs_are_others(encoders: Encoders, tmp_path:
     assert told.code == 1 and "the largest error" in told.error and "above the tolerance of its precision" in told.error
 
 
+def test_other_inputs_are_not_compared(encoders: Encoders, tmp_path: Path) -> None:
+    text, picture = (encoders(name)[0] for name in ("BertModel", "ViTForImageClassification"))
+    wider = changed(picture, tmp_path / "wider", image_size=64)
+    smaller = changed(text, tmp_path / "smaller", vocab_size=200)
+    for one, other in ((text, picture), (picture, wider), (text, smaller)):
+        with pytest.raises(VerificationFailed, match="only the same inputs are compared"):
+            edgeport.liken(one, other)
+
+
+def test_a_config_that_transformers_refuses(encoders: Encoders, tmp_path: Path) -> None:
+    base = encoders("BertModel")[0]
+    spoilt = (("a", {"hidden_size": "64"}, "Strict.*hidden_size"), ("b", {"hidden_act": "poem"}, "KeyError: 'poem'"))
+    for place, setting, says in spoilt:
+        with pytest.raises(UnsupportedArchitecture, match=says):
+            edgeport.liken(base, changed(base, tmp_path / place, **setting))
+
+
+def test_pictures_of_another_size_than_the_processor_makes(encoders: Encoders, tmp_path: Path) -> None:
+    base = changed(encoders("Dinov2Model")[0], tmp_path / "base")
+    for told, says in (
+        ({"do_center_crop": True, "crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge": 28}}, True),
+        ({"do_center_crop": True, "crop_size": 32, "size": {"shortest_edge": 36}}, False),
+        ({"do_center_crop": False, "size": {"height": 24, "width": 32}}, True), ({"size": {"shortest_edge": 36}}, False),
+        ({"size": 32}, False), ([], False),
+    ):  # fmt: skip
+        (base / "preprocessor_config.json").write_text(json.dumps(told))
+        notes = edgeport.plan(new_base=base, output=tmp_path / "out", to="onnx").notes
+        assert any("the graph takes pictures of 32 x 32, config.json's image_size" in note for note in notes) == says
+
+
 def changed(folder: Path, place: Path, **settings: Any) -> Path:
     """The same model under another config.json."""
     place.mkdir()
@@ -270,6 +308,10 @@ def test_bad_input_is_refused_before_a_byte_is_written(encoders: Encoders, tmp_p
         (base, {"execution_provider": "cuda", "quant": "fp16"}, ConvertError, "leave off --execution-provider"),
         (base, {"quant": "int4", "imatrix": tmp_path / "a" / "config.json"}, ConvertError, "leave off --imatrix"),
         (base, {"quant": "int4", "portable": True}, ConvertError, "give --quant fp16 with --portable"),
+        (base, {"quant": "int4", "token_embedding_type": "int8"}, ConvertError, "give --output-tensor-type int8 for both"),
+        (encoders("BertModel")[0], {"output_tensor_type": "int4"}, ConvertError, "leave off --output-tensor-type"),
+        (encoders("ViTForImageClassification")[0], {"token_embedding_type": "int8"}, ConvertError,
+         "leave off --token-embedding-type"),
     ]  # fmt: skip
     before = sorted(tmp_path.iterdir())
     for folder, options, kind, sentence in cases:

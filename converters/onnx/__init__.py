@@ -21,7 +21,7 @@ from converters.onnx.fused import Fused
 from converters.onnx.graph import Graph
 from converters.onnx.installed import check_operators
 from converters.onnx.portable import Portable
-from converters.onnx.precisions import PRECISIONS, Settings, settings
+from converters.onnx.precisions import PRECISIONS, Settings, one_table, settings
 from edgeport.checkpoint import read_json
 from edgeport.codecs import nbits
 from edgeport.encoders import encoder
@@ -136,10 +136,7 @@ class Onnx:
             return traced.sink(found, source, target, chosen)
         decoder = family(target.config).decoder(target.config).given(source.weights)
         if target.token_embedding_type and decoder.tied and chosen.embedding != chosen.head:
-            raise ConvertError(
-                f"the head of this model is its embedding, and both are to be {chosen.head}; leave off --token-embedding-type, "
-                f"or give --output-tensor-type {chosen.embedding} for both"
-            )
+            raise ConvertError(one_table(chosen))
         tokens = genai.tokens(target.config, generation(source, target))
         return OnnxSink(source, target, decoder, chosen, tokens, importance=importance(source, target, chosen))
 

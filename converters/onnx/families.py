@@ -150,7 +150,7 @@ def _beyond_max_window_layers(config: Config, layer: int) -> bool:
     return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
 
 
-_QWEN = (("max_position_embeddings", 32768), ("rms_norm_eps", 1e-6))
+_QWEN = (("max_position_embeddings", 32768), ("rms_norm_eps", 1e-6), ("sliding_window", 4096))
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", attention_bias=True, mlp_bias=True,
            defaults=(("max_position_embeddings", 2048), ("rms_norm_eps", 1e-6))),

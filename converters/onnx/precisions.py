@@ -104,6 +104,14 @@ def settings(target: Target, source: Source) -> Settings:
     return Settings(main, head, embedding, size, not target.asymmetric, target.portable, provider, kind)
 
 
+def one_table(chosen: Settings) -> str:
+    """What is wrong with two types for a head that is the embedding."""
+    return (
+        f"the head of this model is its embedding, and both are to be {chosen.head}; leave off --token-embedding-type, "
+        f"or give --output-tensor-type {chosen.embedding} for both"
+    )
+
+
 def read_settings(text: str) -> Settings:
     """Settings as `to_json` wrote them. Raises TypeError, ValueError."""
     told: dict[str, Any] = json.loads(text)

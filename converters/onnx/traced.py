@@ -20,7 +20,7 @@ from converters.onnx.folder import ABOUT, DATA, MODEL, companions
 from converters.onnx.graph import Graph
 from converters.onnx.installed import check_operators
 from converters.onnx.matrices import Matrix
-from converters.onnx.precisions import PRECISIONS, Settings
+from converters.onnx.precisions import PRECISIONS, Settings, one_table
 from edgeport.aside import ask, here
 from edgeport.codecs import nbits
 from edgeport.encoders import Encoder
@@ -116,6 +116,7 @@ def run_here(job: dict[str, Any]) -> Any:
 class TracedSink:
     """Writes a folder: the encoder's graph, its weights, configuration, tokenizer or processor files."""
 
+    known: Encoder
     source: Source
     target: Target
     traced: Traced
@@ -126,9 +127,14 @@ class TracedSink:
     @property
     def notes(self) -> Sequence[str]:
         left = [name for name in self.source.weights if not self.takes(name)]
-        if not left:
-            return ()
-        return [f"{len(left)} weights that the graph does not compute with are left out ({', '.join(left[:NAMED])} ...)"]
+        named = f"({', '.join(left[:NAMED])} ...)"
+        said = [f"{len(left)} weights that the graph does not compute with are left out {named}"] if left else []
+        takes, made = self.known.picture, processed(self.source)
+        if takes and made and takes != made:
+            sizes = [" x ".join(map(str, size)) for size in (takes, made)]
+            said.append(f"the graph takes pictures of {sizes[0]}, config.json's image_size, and preprocessor_config.json makes "
+                        f"them {sizes[1]}; set the sizes there")  # fmt: skip
+        return said
 
     def takes(self, name: str) -> bool:
         return name in self.traced.dims()
@@ -157,7 +163,35 @@ def sink(found: Encoder, source: Source, target: Target, chosen: Settings) -> Tr
         raise ConvertError("llama.cpp's importance matrices are of decoders; leave off --imatrix")
     if chosen.portable and any(PRECISIONS[name].bits for name in (chosen.precision, chosen.head, chosen.embedding)):
         raise ConvertError("an encoder's int4 and int8 take onnxruntime's own operators; give --quant fp16 with --portable")
-    return TracedSink(source, target, traced(found, source), chosen)
+    graph = traced(found, source)
+    check_table(graph, target, chosen)
+    return TracedSink(found, source, target, graph, chosen)
+
+
+def check_table(graph: Traced, target: Target, chosen: Settings) -> None:
+    """Raises ConvertError for a type that no weight of the graph would have."""
+    uses = graph.uses().get(graph.table, {OTHERWISE})
+    tied = OTHERWISE not in uses and MULTIPLIED in uses
+    if target.token_embedding_type and OTHERWISE in uses:
+        raise ConvertError("this graph has no table of tokens by itself; leave off --token-embedding-type")
+    if target.token_embedding_type and tied and chosen.embedding != chosen.head:
+        raise ConvertError(one_table(chosen))
+    if target.output_tensor_type and not tied:
+        raise ConvertError("this encoder has no head that is its embedding as well; leave off --output-tensor-type")
+
+
+def processed(source: Source) -> tuple[int, int] | None:
+    """Height and width of the pictures that the source's preprocessor_config.json makes, where it says them."""
+    path = source.path / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_bytes())
+        size = told.get("crop_size") if told.get("do_center_crop") else told.get("size")
+        height, width = (size["height"], size["width"]) if isinstance(size, dict) else (size, size)
+    except (AttributeError, KeyError, ValueError):  # of a shortest edge, or in an older way: the width is the picture's
+        return None
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def placed(weight: Weight, graph: Traced, chosen: Settings) -> Weight:

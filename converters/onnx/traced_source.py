@@ -13,7 +13,7 @@ from converters.onnx.graph import TYPES
 from converters.onnx.precisions import PRECISIONS, Settings, read_settings
 from converters.onnx.traced import TRACED
 from edgeport.codecs import nbits
-from edgeport.errors import CorruptCheckpoint
+from edgeport.errors import ConvertError, CorruptCheckpoint
 from edgeport.registry import codec
 from edgeport.tensor import Weight
 
@@ -39,7 +39,10 @@ class TracedSource(Stored):
 
         session = open_session(self.path / MODEL)
         names = [entry.name for entry in session.get_outputs()]
-        found = session.run(names, {name: values.numpy() for name, values in given.items()})
+        try:
+            found = session.run(names, {name: values.numpy() for name, values in given.items()})
+        except Exception as error:  # onnxruntime's own errors have no common base
+            raise ConvertError(f"onnxruntime cannot run {MODEL}: {str(error).splitlines()[0]}") from error
         return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
 
 
