@@ -170,8 +170,8 @@ def is_linear(weight: Weight) -> bool:
 def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: Rule) -> str:
     """The rule for one weight. Nearest where the format has no grid, and where nothing pulls the values off it.
 
-    `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; weights of plain
-    numbers may, if they were quantized before, and the run tries some. It does so with all that loses bits, patched or not,
+    `auto`: a base in the output's own format lies on its grid, where nearest would erase the patch; numbers of another
+    format may, if they were quantized before, and the run tries some. It does so with all that loses bits, patched or not,
     where the rule also takes what lies on no grid.
     """
     owner, kept = codec(target.codec), stored_alike(origin, target)
@@ -183,7 +183,7 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: R
         return NEAREST
     if rule.wanted != AUTO:
         return fitting(rule.wanted, target)
-    return rule.on_grid(target) if kept else AUTO if origin.codec == "plain" else NEAREST
+    return rule.on_grid(target) if kept else AUTO
 
 
 ROUND_TO_NEAREST = Rule(NEAREST)

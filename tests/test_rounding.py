@@ -91,9 +91,13 @@ def test_dequantized_numbers_are_recognised(tmp_path: Path) -> None:
     assert receipt.survival is not None and receipt.survival["mean"] > 0.9
 
 
-def test_numbers_of_a_coarser_grid_are_recognised(tmp_path: Path) -> None:
-    edgeport.port(patch=ADAPTERS / "evolution", new_base=packaged_model(), output=tmp_path / "evolved", quant="bf16")
-    onto: dict[str, Any] = {"new_base": tmp_path / "evolved", "output": tmp_path / "o.gguf", "to": "gguf", "quant": "Q5_1"}
+@pytest.mark.parametrize("dequantized", [True, False])
+def test_numbers_of_a_coarser_grid_are_recognised(dequantized: bool, tmp_path: Path) -> None:
+    base = packaged_model()
+    if dequantized:
+        edgeport.port(patch=ADAPTERS / "evolution", new_base=base, output=tmp_path / "evolved", quant="bf16")
+        base = tmp_path / "evolved"
+    onto: dict[str, Any] = {"new_base": base, "output": tmp_path / "o.gguf", "to": "gguf", "quant": "Q5_1"}
     plan = edgeport.plan(patch=ADAPTERS / "triage", **onto)
     rules = [settled(step, plan.source, plan.rule).rounding for step in plan.steps if step.edits]
     assert rules.count("patch-aware") > 0.8 * len(rules)
