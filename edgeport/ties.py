@@ -25,6 +25,11 @@ INPUTS = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_
 HEADLESS = re.compile(r"For(?:Sequence|Token)Classification|ForQuestionAnswering")
 HEADED = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 """Classes of transformers, by what they have on top."""
+TIED_BY_DEFAULT = {
+    "bloom", "cohere", "cohere2", "ernie4_5", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_bigcode",
+    "gpt_neo", "lfm2", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2",
+}  # fmt: skip
+"""Types whose head is the embedding where config.json does not say: transformers 4 leaves out what is the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ def is_tied(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether a model with these weights and that config.json has its embedding as its head."""
     architecture = str(next(iter(config.get("architectures") or ()), ""))
     if found := ends(names):
-        return not HEADLESS.search(architecture) and (found.head not in names or bool(config.get("tie_word_embeddings")))
+        told = config.get("tie_word_embeddings", config.get("model_type") in TIED_BY_DEFAULT)
+        return not HEADLESS.search(architecture) and (found.head not in names or bool(told))
     own = any(name in names for name in (HEAD, "embed_out.weight"))
     return HEADED.search(architecture) is not None and bool(config.get("tie_word_embeddings", not own))

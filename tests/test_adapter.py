@@ -19,7 +19,15 @@ import edgeport
 from edgeport.benchmark.runner import open_runner
 from edgeport.blocks import decode_rows
 from edgeport.effect import ported
-from edgeport.errors import ConvertError, NotACheckpoint, TargetMissing, UnknownName, UnsupportedPatch, VerificationFailed
+from edgeport.errors import (
+    ConvertError,
+    CorruptCheckpoint,
+    NotACheckpoint,
+    TargetMissing,
+    UnknownName,
+    UnsupportedPatch,
+    VerificationFailed,
+)
 from edgeport.locate import open_model, open_patch
 from tests.conftest import TinyLlama, randomize
 from tests.test_gguf_imatrix import modern
@@ -266,10 +274,13 @@ def test_a_damaged_gguf_adapter_is_named(tiny_llama: TinyLlama, tmp_path: Path) 
     save_file(state, tmp_path / "patch" / "adapter_model.safetensors")
     edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "a.gguf", to="gguf", sidecar=True)
     content = (tmp_path / "a.lora.gguf").read_bytes()
-    renamed = content.replace(b"blk.0.attn_q.weight.lora_a", b"blk.0.attn_q.weight.lora_x")
-    (tmp_path / "b.lora.gguf").write_bytes(renamed)
-    with pytest.raises(edgeport.errors.EdgeportError, match="one of the two factors"):
-        open_patch(tmp_path / "b.lora.gguf").edits(open_model(base), None)
+    for by, kind, says in (
+        (b"blk.9.attn_q.weight.lora_a", CorruptCheckpoint, "one of the two factors"),
+        (b"blk.0.attn_q_norms.weight.", UnsupportedPatch, "no low-rank factor.*PEFT folder alone"),
+    ):
+        (tmp_path / "b.lora.gguf").write_bytes(content.replace(b"blk.0.attn_q.weight.lora_a", by))
+        with pytest.raises(kind, match=says):
+            open_patch(tmp_path / "b.lora.gguf").edits(open_model(base), None)
     (tmp_path / "c.lora.gguf").write_bytes(content.replace(b"adapter.type", b"adapter.typo"))
     with pytest.raises(UnsupportedPatch, match="an adapter of type None"):
         open_patch(tmp_path / "c.lora.gguf")

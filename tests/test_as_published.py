@@ -12,11 +12,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
 import edgeport
 from edgeport.errors import AmbiguousFormat, DecodeOnly, NotACheckpoint
 from edgeport.locate import open_model
+from edgeport.ties import TIED_BY_DEFAULT
 from tests.conftest import TinyLlama, save_tokenizer
 from tests.test_adapter import save_patch
 from tests.test_lora_against_peft import logits
@@ -95,6 +96,29 @@ def test_and_whose_patch_means_both(tiny_llama: TinyLlama, tmp_path: Path) -> No
     expected, found = load_file(once / "model.safetensors"), load_file(twice / "model.safetensors")
     assert torch.equal(found.pop(HEAD), expected[EMBEDDING]) and found.keys() == expected.keys()
     assert (once / "config.json").read_bytes() == (twice / "config.json").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_and_whose_config_leaves_out_that_it_is_tied(tmp_path: Path) -> None:
+    """As transformers 4 wrote it, where that is the class's default."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = tmp_path / "base"
+    GemmaForCausalLM(GemmaConfig(**sizes, num_key_value_heads=2, head_dim=16)).save_pretrained(base)
+    settings = json.loads((base / "config.json").read_text())
+    del settings["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(settings))
+    before = load_file(base / "model.safetensors")[EMBEDDING]
+    with_tensors(base, {HEAD: before.clone()})
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    patch = save_patch(base, tmp_path / "patch", **options)
+    out = load_file(edgeport.port(patch=patch, new_base=base, output=tmp_path / "out").output / "model.safetensors")
+    assert torch.equal(out[HEAD], out[EMBEDDING]) and not torch.equal(out[HEAD], before)
+
+
+def test_the_types_that_are_tied_by_default_are_transformers() -> None:
+    others = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox", "gptj", "codegen", "phi", "phi3", "olmo2", "stablelm"}
+    for kind in TIED_BY_DEFAULT | others:
+        assert AutoConfig.for_model(kind).get_text_config().tie_word_embeddings == (kind in TIED_BY_DEFAULT), kind
 
 
 # ---------------------------------------------------------------- quantized folders

@@ -188,6 +188,19 @@ def test_the_container_of_the_base_does_not_matter(tiny_llama: TinyLlama, tmp_pa
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in after.items())
 
 
+def test_a_weight_of_a_single_number(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """As CLIP's scale of its logits."""
+    folders = {}
+    for name, value in {"base": 2.0, "tuned": 2.5}.items():
+        folders[name] = tiny_llama(name)
+        state = {**tensors(folders[name]), "logit_scale": torch.tensor(value)}
+        save_file(state, folders[name] / "model.safetensors", {"format": "pt"})
+    patch = edgeport.extract(old_base=folders["base"], tuned=folders["tuned"], output=tmp_path / "patch", full=True).output
+    for old in (None, folders["base"]):
+        out = edgeport.port(patch=patch, new_base=folders["base"], old_base=old, output=tmp_path / f"out{old is None}").output
+        assert tensors(out)["logit_scale"] == torch.tensor(2.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 @pytest.mark.parametrize("full", [False, True])
 def test_a_head_that_was_untied(full: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:

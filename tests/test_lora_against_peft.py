@@ -87,6 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     "modules to save": {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     "token rows": {"target_modules": ATTENTION, "trainable_token_indices": [3, 300, 17]},
     "eva and gaussian leave the base": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+    "so does mica": {"target_modules": ATTENTION, "init_lora_weights": "mica"},
 }
 
 

@@ -30,6 +30,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -313,3 +315,22 @@ def test_no_adapter_is_written_for_turned_layers(tmp_path: Path) -> None:
     trained(base, tmp_path / "patch", target_modules=["attn.c_proj"])
     with pytest.raises(ConvertError, match=r"c_proj\.weight: it is stored turned, .* leave off --sidecar"):
         edgeport.plan(patch=tmp_path / "patch", new_base=base, output=tmp_path / "out", sidecar=True)
+
+
+def test_all_biases_and_a_head_of_several_modules(tmp_path: Path) -> None:
+    """PEFT then saves the head's biases three times: trained, under their own names, and as they were."""
+    model = RobertaForSequenceClassification(RobertaConfig(**SIZES, num_labels=3))
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "bias": "all"}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**options))
+    randomize(tuned, 1)
+    tuned.save_pretrained(tmp_path / "patch")
+    names = [name for name in load_file(tmp_path / "patch" / "adapter_model.safetensors") if "classifier" in name]
+    assert sum(name.endswith(".dense.bias") for name in names) == 3
+    edgeport.port(patch=tmp_path / "patch", new_base=tmp_path / "base", output=tmp_path / "out")
+    merged = {name: value.detach() for name, value in tuned.merge_and_unload().named_parameters()}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == found.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(found[name], value)

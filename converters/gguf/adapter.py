@@ -79,6 +79,11 @@ class StoredAdapter:
     def pairs(self, config: Mapping[str, Any]) -> Sequence[LowRankPair]:
         """The pairs under the names of the model with that config.json. Raises CorruptCheckpoint, UnsupportedPatch."""
         family = families.family_of(self.arch)
+        if odd := [name for name in self.tensors if not name.endswith((DOWN, UP))]:
+            raise UnsupportedPatch(
+                f"{self.path.name} holds {odd[0]}, which is no low-rank factor ({DOWN} or {UP}): llama.cpp passes it over, and "
+                "edgeport merges whole weights from a PEFT folder alone"
+            )
         modules = dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in self.tensors)
         return [self.pair(name, family, config) for name in modules]
 

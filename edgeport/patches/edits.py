@@ -174,7 +174,7 @@ class Replace:
         import torch
 
         if self.old is None:
-            return torch.empty(0, self.shape[-1], device=device)
+            return torch.empty(0, width(self.shape), device=device)
         source, weight = self.old
         return whole_granules(source, weight, known(weight, rows), device)
 
@@ -239,7 +239,12 @@ def whole_granules(source: Source, weight: Weight, rows: range, device: str) -> 
 
 def own_rows(stored: Stored, rows: range, shape: tuple[int, ...]) -> Tensor:
     """Those of the rows that a matrix of that shape has: another patch may grow the vocabulary beyond it."""
-    return stored_rows(stored, within(rows, prod(shape[:-1])), shape[-1])
+    return stored_rows(stored, within(rows, prod(shape[:-1])), width(shape))
+
+
+def width(shape: tuple[int, ...]) -> int:
+    """Columns of a weight as a matrix; a single number is one."""
+    return shape[-1] if shape else 1
 
 
 def joined(*pieces: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ embedding's or a head's factors or rows gives those of new tokens alone: all oth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from pathlib import Path
@@ -39,7 +39,9 @@ HARMLESS = {
     "lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_bias",
 }  # fmt: skip
 # Initialisations that leave the base's own weights alone; the others subtract the initial B A from the base.
-BASE_KEEPING_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
+BASE_KEEPING_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
+"""Begins of those that PEFT can turn into an ordinary LoRA (`_convert_state_dict_for_initial_model`)."""
 
 LOW_RANK = re.compile(
     r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
@@ -48,8 +50,10 @@ TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\
 FROZEN = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.weight$")
 """The weight under an embedding's or a head's factors or rows: the old base's own, with more rows where tokens are new."""
 WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>weight|bias)$")
-REPLACED = re.compile(r"\.original_module\.(weight|bias)$")
+REPLACED = re.compile(r"\.original_module\.(.+\.)?(weight|bias)$")
 """With bias="all" PEFT also saves what `modules_to_save` has put out of use, untrained as it is."""
+SAVED_TWICE = re.compile(r"^(?P<outer>.+)\.modules_to_save\.[^.]+\.(?P<inner>.+\.bias)$")
+"""And of a module that has modules in it the biases that it has saved under their own names."""
 
 
 @dataclass(frozen=True)
@@ -263,9 +267,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise UnsupportedPatch(f"the patch uses {', '.join(unknown)}, which edgeport does not merge")
     init = str(config.get("init_lora_weights", True)).lower()
     if init not in BASE_KEEPING_INITS:
-        raise UnsupportedPatch(
-            f"the patch was initialised by {init}, which changes the base's own weights: B A alone is not its change. "
+        remedy = (
             "Save it with PEFT's path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA"
+            if init.startswith(CONVERTIBLE_INITS) else "Merge it with PEFT, and take the patch from that with `edgeport extract`"
+        )  # fmt: skip
+        raise UnsupportedPatch(
+            f"the patch was initialised by {init}, which changes the base's own weights: B A alone is not its change. {remedy}"
         )
     if config.get("lora_bias"):
         raise UnsupportedPatch("the patch uses lora_bias, which edgeport does not merge")
@@ -302,6 +309,11 @@ def recorded(path: Path) -> tuple[str | None, bool]:
     return fingerprint, bool(record.get("tied"))
 
 
+def is_saved_twice(name: str, stored: Collection[str]) -> bool:
+    found = SAVED_TWICE.match(name)
+    return found is not None and f"{found['outer']}.{found['inner']}" in stored
+
+
 class LoraKind:
     name = "lora"
 
@@ -315,7 +327,7 @@ class LoraKind:
         if file is None:
             raise NotACheckpoint(f"{path} has {CONFIG} and none of {', '.join(FILES)}")
         stored = open_checkpoint(file)
-        for name in [name for name in stored if REPLACED.search(name)]:
+        for name in [name for name in stored if REPLACED.search(name) or is_saved_twice(name, stored)]:
             del stored[name]
         if not stored:
             raise CorruptCheckpoint(f"{file.name} holds no tensors")
