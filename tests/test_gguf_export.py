@@ -286,3 +286,36 @@ def test_chat_template_survives(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     llm = llama_cpp.Llama(str(tmp_path / "out.gguf"), vocab_only=True, verbose=False)
     assert llm.metadata["tokenizer.chat_template"] == template
     llm.close()
+
+
+@pytest.mark.parametrize(("types", "expected"), [
+    ((torch.float16, torch.float16), "F16"), ((torch.bfloat16, torch.bfloat16), "BF16"),
+    ((torch.float16, torch.bfloat16), "F32"), ((torch.float64, torch.bfloat16), "F32"), ((torch.float64, torch.float64), "F32"),
+])  # fmt: skip
+def test_without_quant_a_type_that_holds_all_weights(
+    types: tuple[torch.dtype, torch.dtype], expected: str, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    base, name = tiny_llama(), "model.layers.0.self_attn.v_proj.weight"
+    state = {key: value.to(types[key == name]) for key, value in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert stored["blk.0.attn_v.weight"].tensor_type.name == expected
+    if expected == "F32" and torch.bfloat16 in types:
+        assert np.array_equal(stored["blk.0.attn_v.weight"].data, state[name].float().numpy())
+
+
+def test_a_window_that_llama_cpp_has_not_is_told(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    plain = json.loads((base / "config.json").read_text())
+    mistral = plain | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "max_position_embeddings": 8192}
+    unsaid = {key: value for key, value in mistral.items() if key != "max_position_embeddings"}
+    for config, window in (
+        (plain | {"sliding_window": 16}, None), (mistral, 4096), (mistral | {"sliding_window": None}, None),
+        (mistral | {"sliding_window": 16}, 16), (unsaid | {"sliding_window": 16}, 16),
+    ):  # fmt: skip
+        (base / "config.json").write_text(json.dumps(config))
+        notes = edgeport.plan(new_base=base, output=tmp_path / "out.gguf", to="gguf").notes
+        assert [note for note in notes if "sliding window" in note] == [
+            f"llama.cpp has no sliding window for llama: it attends to more than the last {window} tokens too"
+        ] * (window is not None)

@@ -109,9 +109,13 @@ def importance_matrix(path: Path, names: Mapping[str, tuple[str, tuple[int, ...]
 
 
 def widest(source: Source) -> str:
-    """The plain type that holds every weight of a source without loss."""
+    """The plain type that holds every weight of a source, without loss but of float64."""
     formats = {weight.format for name, weight in source.weights.items() if not is_buffer(name)}
-    return next((name for name in ("F32", "BF16", "F16") if name in formats), "F16") if formats <= set(PLAIN) else "BF16"
+    if not formats <= set(PLAIN):
+        return "BF16"
+    if formats & {"F32", "F64"} or formats >= {"F16", "BF16"}:
+        return "F32"
+    return "BF16" if "BF16" in formats else "F16"
 
 
 def constants(source: Source, family: families.Family, config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], bytes]]:

@@ -111,7 +111,7 @@ class Family:
         Raises UnsupportedArchitecture where llama.cpp would compute something else, ConvertError where config.json
         lacks a setting.
         """
-        config = self._full(config)
+        config = self.full(config)
         self._check(config)
         metadata = {"general.architecture": kv("STRING", self.arch)}
         for key, name, kind in self.settings:
@@ -190,7 +190,7 @@ class Family:
 
     def check(self, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], teller: str = "config.json") -> None:
         """Hold the shapes of all weights against the config.json that `teller` gave. Raises SourceError, ConvertError."""
-        full = self._full(config)
+        full = self.full(config)
         head_dim, kv_heads = full["head_dim"], full["num_key_value_heads"]
         check_sizes(full, head_dim, kv_heads, teller)
         shapes = Shapes(
@@ -220,10 +220,10 @@ class Family:
         rope = rotary_settings(config)
         if rope["rope_type"] != "llama3":
             return {}
-        return {ROPE_FREQS: llama3_factors(rope, self._full(config)["head_dim"])}
+        return {ROPE_FREQS: llama3_factors(rope, self.full(config)["head_dim"])}
 
     def _arrangement(self, template: str, suffix: str, config: Mapping[str, Any]) -> Arrangement:
-        full = self._full(config)
+        full = self.full(config)
         heads = {"q_proj": full["num_attention_heads"], "k_proj": full["num_key_value_heads"]}
         module = template.rpartition(".")[2]
         if self.permuted and module in heads:
@@ -232,7 +232,7 @@ class Family:
             return Arrangement(shift=self.norm_shift)
         return AS_IS
 
-    def _full(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def full(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` with what transformers fills in."""
         full = {**dict(self.defaults), **{name: value for name, value in config.items() if value is not None}}
         if "num_attention_heads" in full and "hidden_size" in full:

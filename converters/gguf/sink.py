@@ -47,8 +47,10 @@ class GGUFSink:
 
     @property
     def notes(self) -> Sequence[str]:
-        window = self.target.config.get("sliding_window")
-        if self.family.arch != "llama" or not window or window >= self.target.config["max_position_embeddings"]:
+        if "MistralForCausalLM" not in self.family.classes:
+            return ()
+        window = self.target.config.get("sliding_window", 4096)  # transformers' default; null is none
+        if not isinstance(window, int) or window >= self.family.full(self.target.config)["max_position_embeddings"]:
             return ()
         return (f"llama.cpp has no sliding window for {self.family.arch}: it attends to more than the last {window} tokens too",)
 
