@@ -68,9 +68,10 @@ class Judge:
         assert tokenizer is not None
         self.questions = asked(task, "test", limit)
         self.prompts = [tokenizer.encode(question.prompt, add_special_tokens=False).ids for question in self.questions]
-        # a task's options differ in their first tokens
         self.firsts = [[tokenizer.encode(option, add_special_tokens=False).ids[0] for option in question.options]  # type: ignore[union-attr]
                        for question in self.questions]  # fmt: skip
+        if any(len(set(first)) < len(first) for first in self.firsts):
+            raise ValueError(f"options of {task} begin with the same token, and only first tokens are read")
         self.answers = torch.tensor([question.answer for question in self.questions])  # type: ignore[union-attr]
         self.reference = self.hear()
 

@@ -174,24 +174,28 @@ def main() -> None:
     for key in arguments.stages or STAGES:
         fresh = measure(key, arguments)
         path = arguments.output / "results.json"
-        rows = merged([Results.read(path).rows, fresh] if path.exists() else [fresh])
-        write(of_rows(rows, command, arguments.questions, arguments.seed), arguments.output)
+        parts = [of_rows(fresh, command, arguments.questions, arguments.seed)]
+        write(united([Results.read(path), *parts] if path.exists() else parts, command), arguments.output)
     print((arguments.output / "headline.txt").read_text())
 
 
 def write_merged(folders: Sequence[Path], output: Path, command: str) -> str:
-    """One set of results of several, perhaps of several machines; returns the headline's table."""
-    parts = [Results.read(folder / "results.json") for folder in folders]
+    """One set of results of several; returns the headline's table."""
+    output.mkdir(parents=True, exist_ok=True)
+    write(united([Results.read(folder / "results.json") for folder in folders], command), output)
+    return (output / "headline.txt").read_text()
+
+
+def united(parts: Sequence[Results], command: str) -> Results:
+    """One set of results of several, perhaps of several machines."""
     machines: list[Mapping[str, Any]] = []
     for part in parts:
         machines += [one for one in part.machines if one not in machines]
     rows = merged([replace(row, machine=machines.index(part.machines[row.machine])) for row in part.rows] for part in parts)
     known = {one["name"]: one for part in parts for one in part.tasks}
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    output.mkdir(parents=True, exist_ok=True)
     chosen = [known[name] for name in TASKS if name in known]
-    write(Results(command, chosen, parts[0].seed, rows, notes, machines), output)
-    return (output / "headline.txt").read_text()
+    return Results(command, chosen, parts[0].seed, rows, notes, machines)
 
 
 def write(results: Results, output: Path) -> None:

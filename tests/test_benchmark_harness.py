@@ -32,6 +32,37 @@ def requests(kind: Any, arguments: list[Any]) -> list[Any]:
     return [Instance(kind, {}, one if isinstance(one, tuple) else (one,), 0) for one in arguments]
 
 
+def opened_with_a_start_token(folder: Path) -> None:
+    """A tokenizer that puts token 1 before every text, as Llama's does."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    start = next(word for word, token in tokenizer["model"]["vocab"].items() if token == 1)
+    begun = [{"SpecialToken": {"id": start, "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": [*begun, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*begun, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {start: {"id": start, "ids": [1], "tokens": [start]}},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_long_text_behind_a_start_token(tiny_llama: TinyLlama) -> None:
+    from lm_eval.api.registry import get_model
+    from lm_eval.models.huggingface import HFLM
+
+    from edgeport.benchmark.harness import register
+
+    folder = tiny_llama("base", vocab=300)
+    opened_with_a_start_token(folder)
+    register()
+    asked = requests("loglikelihood_rolling", [" the patch is added to the base" * 30])
+    for length in (None, 40):
+        ours = get_model("edgeport")(path=str(folder), max_length=length)
+        theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=1, dtype="float32", max_length=length)
+        assert theirs.tok_encode("a")[0] == 1
+        assert ours.loglikelihood_rolling(asked) == pytest.approx(theirs.loglikelihood_rolling(asked), rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_the_adapter_scores_as_the_harness_does(container: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:

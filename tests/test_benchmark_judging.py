@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 6}
     (folder / "config.json").write_text(json.dumps(config))
-    long = Choice("the patch is added to the base, one block", CHOICES[0].options, 0)
+    long = replace(CHOICES[0], prompt="the patch is added to the base, one block")
     runner = open_runner(folder)
     for question, one in zip([long, *CHOICES], runner.judge([tree(runner, each) for each in (long, *CHOICES)]), strict=True):
         expected, first = naive(folder, question)
@@ -184,6 +185,14 @@ def test_options_that_are_the_same_to_the_model(models: dict[str, Path], monkeyp
         tree(runner, Choice("the patch is", (" one", " One"), 0))
 
 
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_an_answer_that_could_never_be_the_likeliest(container: str, models: dict[str, Path]) -> None:
+    runner, options = open_runner(models[container]), (" added to the base", " added", " to")
+    with pytest.raises(BadQuestions, match=r"' added to the base' begins with the tokens of the option ' added', which no model"):
+        tree(runner, Choice("the patch is", options, 0))
+    assert len(tree(runner, Choice("the patch is", options, 1)).branches) == 3
+
+
 def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
     assert shortened(Tree([1, 2, 3, 4], [[5, 6]]), 4) == Tree([2, 3, 4], [[5, 6]])
     assert shortened(Tree([1, 2], [[5, 6]]), 4) == Tree([1, 2], [[5, 6]])
@@ -192,12 +201,15 @@ def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
 
 
 def test_what_the_harness_asks_and_gets_not_is_refused() -> None:
-    check_arguments("m.gguf", {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+    check_arguments("m.gguf", 64, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
     for name in ("dtipo", "pretrained"):
-        with pytest.raises(UnknownName, match=f"--model_args {name}: edgeport's model takes path=MODEL alone"):
-            check_arguments("", {name: "x", "device": "cpu"})
+        with pytest.raises(UnknownName, match=f"--model_args {name}: edgeport's model takes path=MODEL and max_length"):
+            check_arguments("", None, {name: "x", "device": "cpu"})
     with pytest.raises(UnknownName, match="--model_args has to be path=MODEL"):
-        check_arguments("", {"device": "cpu"})
+        check_arguments("", None, {"device": "cpu"})
+    for length in (0, "long"):
+        with pytest.raises(UnknownName, match=f"max_length={length}: tokens of a long text"):
+            check_arguments("m.gguf", length, {})
     for mild in ({"until": ["e"], "temperature": 0.0}, {"do_sample": False, "temperature": 0.7}, {"temperature": None}):
         check_greedy(mild)
     for settings in ({"do_sample": True}, {"num_beams": 4}, {"temperature": 0.7}):
@@ -316,7 +328,7 @@ def test_a_text_with_nothing_before_it(container: str, models: dict[str, Path]) 
             logits = model(window[:, :-1]).logits[0].log_softmax(-1)
         expected.append(logits.gather(1, window[0, 1:, None])[at - stop :, 0])
     assert len(expected) > 1
-    assert rolling(runner, text) == pytest.approx(torch.cat(expected).sum().item(), rel=1e-4)
+    assert rolling(runner, text, runner.positions) == pytest.approx(torch.cat(expected).sum().item(), rel=1e-4)
     (judged,) = runner.judge([pair(runner, "", " the patch")])
     count = len(runner.encode(" the patch"))
     assert judged.loglikelihoods[0] == pytest.approx(expected[0][:count].sum().item(), abs=2e-2)

@@ -13,7 +13,7 @@ from edgeport.benchmark.questions import BadQuestions, Choice, Generation, gold,
 from edgeport.benchmark.tasks import CHAPTERS, TASKS, asked
 
 CHOICES = [
-    Choice("the patch is added", (" to the base", " to", " Department: oncology"), 0),
+    Choice("the patch is added", (" to the base", " to", " Department: oncology"), 1),
     Choice("Diagnosis: melanoma ", ("of the skin", "oncology of one block", "é"), 1),
     Choice("def port(base):", (" return base", " return patch", " 0123"), 2),
 ]

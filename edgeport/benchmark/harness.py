@@ -18,8 +18,6 @@ from edgeport.benchmark.runner import Runner, Tree, open_runner
 from edgeport.benchmark.score import pair
 from edgeport.errors import ConvertError, EdgeportError, MissingExtra, UnknownName
 
-WINDOW = 1024
-"""Tokens of a long text that are read at once."""
 GIVEN = {"batch_size", "max_batch_size", "device"}
 """What the harness tells every model. Texts are packed here, and go to the device that there is."""
 NEW_TOKENS = 256
@@ -39,17 +37,18 @@ def register() -> None:
     class Edgeport(model.LM):  # type: ignore[misc]
         """A GGUF file, or a folder of transformers or ONNX; each request's `args` are texts."""
 
-        def __init__(self, path: str = "", **more: Any) -> None:
+        def __init__(self, path: str = "", max_length: int | None = None, **more: Any) -> None:
             super().__init__()
-            check_arguments(path, more)
+            check_arguments(path, max_length, more)
             self.runner = open_runner(Path(path))
+            self.window = min(max_length or sys.maxsize, self.runner.positions)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             trees = [shortened(pair(self.runner, *request.args), self.runner.positions) for request in requests]
             return [(judged.loglikelihoods[0], judged.greedy[0]) for judged in self.runner.judge(trees)]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            return [rolling(self.runner, request.args[0]) for request in requests]
+            return [rolling(self.runner, request.args[0], self.window) for request in requests]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             return [self.written(*request.args) for request in requests]
@@ -67,10 +66,13 @@ def register() -> None:
     registry.register_model("edgeport")(Edgeport)
 
 
-def check_arguments(path: str, more: Mapping[str, Any]) -> None:
-    """Raises UnknownName for what `--model_args` gives beside the path, and without one."""
+def check_arguments(path: str, max_length: object, more: Mapping[str, Any]) -> None:
+    """Raises UnknownName for what `--model_args` gives beside these, and without a path."""
     if unknown := more.keys() - GIVEN:
-        raise UnknownName(f"--model_args {', '.join(sorted(unknown))}: edgeport's model takes path=MODEL alone")
+        names = ", ".join(sorted(unknown))
+        raise UnknownName(f"--model_args {names}: edgeport's model takes path=MODEL and max_length=TOKENS alone")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise UnknownName(f"--model_args max_length={max_length}: tokens of a long text that are read at once were expected")
     if not path:
         raise UnknownName("--model_args has to be path=MODEL: a GGUF file, or a folder of transformers or ONNX")
 
@@ -101,11 +103,11 @@ def shortened(tree: Tree, positions: int) -> Tree:
     return replace(tree, prompt=tree.prompt[-room:])
 
 
-def rolling(runner: Runner, text: str) -> float:
-    """Log-likelihood in nats of all of a text's tokens, each window of them after the one token before it, and the last, which
-    may be shorter, after as many as there is room for: as in the harness' `get_rolling_token_windows`."""
-    ids = [*(() if runner.encode("") else (runner.start,)), *runner.encode(text)]
-    width = min(WINDOW, runner.positions)
+def rolling(runner: Runner, text: str, width: int) -> float:
+    """Log-likelihood in nats of all of a text's tokens, each window of `width` of them after the one token before it, and the
+    last, which may be shorter, after as many as there is room for: as in the harness' `get_rolling_token_windows`. Before the
+    first stands the start token, also where the tokenizer has put one there, which then counts as a token of the text."""
+    ids = [runner.start, *runner.encode(text)]
     windows = [(start, min(start + width, len(ids) - 1)) for start in range(0, len(ids) - 1, width)]
     trees = [Tree(ids[max(stop - width, 0) : start + 1], [ids[start + 1 : stop + 1]]) for start, stop in windows]
     return sum(judged.loglikelihoods[0] for judged in runner.judge(trees))

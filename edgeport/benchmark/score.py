@@ -20,7 +20,7 @@ from math import exp, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from edgeport.benchmark.questions import Asked, BadQuestions, Choice, Generation, read_questions
+from edgeport.benchmark.questions import Asked, BadQuestions, Choice, Generation, gold, read_questions
 from edgeport.benchmark.runner import Judged, Runner, Tree, open_runner
 from edgeport.errors import EdgeportError, MissingExtra, NonFiniteResult, NotACheckpoint
 from edgeport.memory import peak_bytes
@@ -38,7 +38,17 @@ SPARE_TOKENS = 3
 
 def tree(runner: Runner, question: Asked) -> Tree:
     """Prompt and options; of a question without options the one branch is the target."""
-    return pair(runner, question.prompt, *(question.options if isinstance(question, Choice) else (question.target,)))
+    if not isinstance(question, Choice):
+        return pair(runner, question.prompt, question.target)
+    found = pair(runner, question.prompt, *question.options)
+    right = found.branches[question.answer]
+    for option, branch in zip(question.options, found.branches, strict=True):
+        if len(branch) < len(right) and right[: len(branch)] == branch:
+            raise BadQuestions(
+                f"after {question.prompt[-40:]!r} the right answer {gold(question)!r} begins with the tokens of the option "
+                f"{option!r}, which no model can find less likely; leave the question out, or reword one of them"
+            )
+    return found
 
 
 def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeport.benchmark.questions import Asked, gold, read_questions, write_questions
+from edgeport.benchmark.questions import Asked, gold, read_questions, to_json, write_questions
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row, with_gain_kept
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
@@ -185,13 +185,17 @@ class Bench:
         return self.folder / f"{case.name}.jsonl"
 
     def rows_file(self, case: Case) -> Path:
-        return self.folder / f"{case.name}.distributions"
+        return self.folder / f"{case.name}-{digest(case.questions)[:16]}-{self.precisions[0].name}.distributions"
 
 
 def entry(command: Sequence[str], precision: Precision, case: Case, text: Path | None = None) -> str:
     """What names a measurement: the same model is not made twice for two evolutions of one old base."""
     read = sha256(text.read_bytes()).hexdigest() if text else None
-    return json.dumps([*command, precision.name, case.name, len(case.questions), read])
+    return json.dumps([*command, precision.name, case.name, digest(case.questions), read])
+
+
+def digest(questions: Sequence[Asked]) -> str:
+    return sha256(json.dumps([*map(to_json, questions)]).encode()).hexdigest()
 
 
 def completed(rows: Sequence[Row], reference: str) -> list[Row]:

@@ -6,7 +6,7 @@
 | chapters | 22 options | simple-icd-10-cm | a diagnosis: which chapter of ICD-10-CM (of the 22nd there are 3 texts) |
 | legs | a number | reasoning-gym `leg_counting` | a word problem of one or two products and their sum |
 | sums | a number | reasoning-gym `chain_sum` | two or three numbers of one or two digits, added and subtracted |
-| family | 16 options | reasoning-gym `family_relationships` | a relation that follows from three or more others |
+| family | 14 options | reasoning-gym `family_relationships` | a relation that follows from three or more others |
 | syllogism | yes or no | reasoning-gym `syllogism` | whether a conclusion follows from two premises |
 
 Whole ICD categories belong to either train or test. A generated question belongs to the split that a hash of its text
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -37,9 +37,11 @@ CHAPTERS = {
 RELATIONS = tuple(
     f" {word}" for word in (
         "mother", "father", "sister", "brother", "daughter", "son", "wife", "husband", "grandmother", "grandfather", "aunt",
-        "uncle", "niece", "nephew", "mother-in-law", "father-in-law",
+        "uncle", "niece", "nephew",
     )
 )  # fmt: skip
+IN_LAW = (" mother-in-law", " father-in-law")
+"""Relations to be trained on, and not asked: to every tokenizer they begin as an option does that is likelier then."""
 YES_NO = (" Yes", " No")
 ANSWER = "{}\nAnswer:"
 SEEDS_APART = 10**6
@@ -61,8 +63,9 @@ def sums(split: Split, count: int, seed: int) -> list[Asked]:
 
 
 def family(split: Split, count: int, seed: int) -> list[Asked]:
-    made = generated("family_relationships", split, count, seed)
-    return [Choice(ANSWER.format(text), RELATIONS, RELATIONS.index(f" {answer}")) for text, answer in made]
+    options = RELATIONS if split == "test" else RELATIONS + IN_LAW
+    made = generated("family_relationships", split, count, seed, known=options)
+    return [Choice(ANSWER.format(text), options, options.index(f" {answer}")) for text, answer in made]
 
 
 def syllogism(split: Split, count: int, seed: int) -> list[Asked]:
@@ -70,11 +73,13 @@ def syllogism(split: Split, count: int, seed: int) -> list[Asked]:
     return [Choice(ANSWER.format(text), YES_NO, YES_NO.index(f" {answer}")) for text, answer in made]
 
 
-def generated(name: str, split: Split, count: int, seed: int, **settings: Any) -> list[tuple[str, str]]:
-    """`count` different questions of a generator of reasoning-gym with their answers."""
+def generated(
+    name: str, split: Split, count: int, seed: int, known: Collection[str] = (), **settings: Any
+) -> list[tuple[str, str]]:
+    """`count` different questions of a generator of reasoning-gym with their answers, which are among the options `known`."""
     found: dict[str, str] = {}
     for text, answer in stream(name, seed, **settings):
-        if is_test(text) == (split == "test"):
+        if is_test(text) == (split == "test") and (not known or f" {answer}" in known):
             found.setdefault(text, answer)
         if len(found) == count:
             break
@@ -109,7 +114,7 @@ TASKS = {
         Task("chapters", "ICD-10-CM, all 22 chapters", "simple-icd-10-cm", icd_chapters),
         Task("legs", "Arithmetic in words, exact match", "reasoning-gym leg_counting", legs),
         Task("sums", "Arithmetic in digits, exact match", "reasoning-gym chain_sum", sums),
-        Task("family", "Relations that follow, 16 options", "reasoning-gym family_relationships", family),
+        Task("family", "Relations that follow, 14 options", "reasoning-gym family_relationships", family),
         Task("syllogism", "Syllogisms, yes or no", "reasoning-gym syllogism", syllogism),
     )
 }  # fmt: skip
