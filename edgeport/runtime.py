@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+OLDEST = (1, 27)
+"""Of the versions of onnxruntime that compute its own operators as they are meant. Of graphs of ours, 1.23 and earlier attend to
+one token more than a window has, 1.25 and earlier take padding at a text's start for a part of it, and 1.26 and earlier read the
+zero points of rows with an odd number of blocks from the wrong places, all without a word."""
 ERRORS_ONLY = 3
 """onnxruntime's log level."""
 
@@ -50,6 +54,16 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None)
         raise ConvertError(f"onnxruntime cannot load {path.name}: {str(error).splitlines()[0]}") from error
 
 
+def check_version(version: str) -> None:
+    """Raises ConvertError for an onnxruntime that is not to be trusted with its own operators."""
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST:
+        raise ConvertError(
+            f"onnxruntime {version}, which is installed, computes some of its own operators wrong without a word; install "
+            f"{'.'.join(map(str, OLDEST))} or newer wherever such an output is to run, or give --portable"
+        )
+
+
 class Runner:
     """One model and the cache of what it has read so far."""
 
@@ -65,6 +79,8 @@ class Runner:
         self.inputs = {entry.name: entry for entry in self.session.get_inputs()}
         told = json.loads(self.session.get_modelmeta().custom_metadata_map.get("edgeport", "{}"))
         self.fused, self.positions = told.get("portable") is False, told.get("positions", sys.maxsize)
+        if self.fused:
+            check_version(need("onnxruntime", "onnx").__version__)
         self.past = {name: name.replace("past_key_values", "present") for name in self.inputs if name.startswith("past")}
         self.reset()
 

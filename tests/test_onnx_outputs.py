@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -25,6 +26,7 @@ from converters.onnx.installed import unknown
 from edgeport.blocks import decode_rows
 from edgeport.errors import ConvertError, CorruptCheckpoint, EdgeportError
 from edgeport.locate import open_model
+from edgeport.runtime import Runner, check_version
 from edgeport.tensor import EMBEDDING, HEAD, Weight
 from tests.onnx_oracle import LLAMA3, Families, error, expected, found, stored_weights, tokens
 
@@ -235,6 +237,21 @@ def test_verify_compares_what_the_graph_computes(tiny_llama: TinyLlama, tmp_path
     edgeport.export(model=base, output=tmp_path / "fp32", to="onnx", quant="fp32")
     wrong = run(["verify", str(tmp_path / "fp32"), "--against", str(other), "--tokens", "100"])
     assert wrong.code == 1 and "above the tolerance of its precision" in wrong.error
+
+
+def test_an_onnxruntime_that_computes_wrong_is_refused(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, refusal = tiny_llama(), r"onnxruntime 1\.26\.0.* computes some .* install 1\.27 or newer.* --portable"
+    for version in ("1.27.0", "1.31.1", "1.27.0.dev20260101", "2.0.0"):
+        check_version(version)
+    fused = edgeport.export(model=base, output=tmp_path / "fused", to="onnx").output
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    with pytest.raises(ConvertError, match=refusal):
+        edgeport.plan(new_base=base, output=tmp_path / "out", to="onnx")
+    with pytest.raises(ConvertError, match=refusal):
+        Runner(fused)
+    Runner(edgeport.export(model=base, output=tmp_path / "out", to="onnx", portable=True).output)
 
 
 def test_an_operator_that_onnxruntime_lacks_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Whether the installed onnxruntime knows the operators of a graph, asked before anything is written."""
+"""Whether the installed onnxruntime knows the operators of a graph, and computes them right, asked before anything is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
+from converters.onnx.graph import MICROSOFT
 from edgeport.errors import ConvertError, need
+from edgeport.runtime import check_version
 
 
 def check_operators(model: bytes) -> None:
@@ -15,13 +17,17 @@ def check_operators(model: bytes) -> None:
         return
     onnx = need("onnx", "onnx")
     state: Any = need("onnxruntime.capi.onnxruntime_pybind11_state", "onnx")
-    missing = unknown(onnx.load_from_string(model), state.get_all_operator_schema())
+    loaded, version = onnx.load_from_string(model), need("onnxruntime", "onnx").__version__
+    missing = unknown(loaded, state.get_all_operator_schema())
     if missing:
-        version = need("onnxruntime", "onnx").__version__
         raise ConvertError(
             f"the installed onnxruntime {version} has no {', '.join(missing)}; install a newer one"
             + (", or give --portable" if any(name.startswith("com.") for name in missing) else "")
         )
+
+
+    if any(node.domain == MICROSOFT for node in loaded.graph.node):
+        check_version(version)
 
 
 def unknown(model: Any, schemas: Iterable[Any]) -> list[str]:
