@@ -284,7 +284,8 @@ def check_writable(steps: Sequence[Step]) -> None:
         if not step.copied and not codec(step.origin.codec).formats[step.origin.format]:
             with about(step.origin.name):
                 raise DecodeOnly(f"{step.origin.format} can be copied and not computed with; give the model in another precision")
-        if not step.copied and not step.on_own_grid and codec(step.target.codec).formats[step.target.format] != "rw":
+        anew = not step.on_own_grid or step.target.rows > step.origin.rows
+        if not step.copied and anew and codec(step.target.codec).formats[step.target.format] != "rw":
             with about(step.target.name):
                 raise DecodeOnly(f"{step.target.format} can be read and not written; choose a type with --quant")
 

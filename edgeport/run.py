@@ -213,6 +213,8 @@ def compute(
 
     `parts` is emptied, so that the bytes read do not outlive their decoding. Raises NonFiniteResult.
     """
+    import torch
+
     base = padded(decode_parts(step.origin, parts), rows)
     own = dict(parts) if step.on_own_grid else None
     parts.clear()
@@ -220,13 +222,17 @@ def compute(
     for apply in applied:
         exact = apply(rows, exact)
     check_finite(base, exact, rows)
-    if not step.chooses_codes:
+    old = len(known(step.origin, rows))
+    if not step.chooses_codes or (own and not old):
         stored = encode_rows(step.target, exact, importance)
+    elif own and old < len(rows):  # rows of new tokens lie on no grid yet
+        pieces = round_on_grid(step, rows, own, exact[:old], inputs), encode_rows(step.target, exact[old:], importance)
+        stored = {role: torch.cat([piece[role] for piece in pieces]) for role in pieces[0]}
     else:
         spelt = own or encode_rows(step.target, exact if step.fresh else base, importance)
         stored = round_on_grid(step, rows, spelt, exact, inputs)
-    if applied:
-        survival.add(base, exact, decode_parts(step.target, stored).to(exact.device))
+    if applied and old:
+        survival.add(base[:old], exact[:old], decode_parts(step.target, stored)[:old].to(exact.device))
     return stored
 
 

@@ -75,7 +75,7 @@ class Step:
     @property
     def on_own_grid(self) -> bool:
         """Whether the stored bytes of the base spell the grid."""
-        return self.chooses_codes and not self.fresh and stored_alike(self.origin, self.target)
+        return self.chooses_codes and not self.fresh and begins_alike(self.origin, self.target)
 
     @property
     def without_inputs(self) -> Step:
@@ -96,6 +96,15 @@ def stored_alike(origin: Weight, target: Weight) -> bool:
     return (origin.codec, origin.format, origin.parameters, origin.arrangement, origin.shape, origin.nbytes) == (
         target.codec, target.format, target.parameters, target.arrangement, target.shape, target.nbytes,
     )  # fmt: skip
+
+
+def begins_alike(origin: Weight, target: Weight) -> bool:
+    """Whether the target's bytes are the origin's, but for rows that it has more: of new tokens, each with bytes of its own."""
+    if origin.rows == target.rows:
+        return stored_alike(origin, target)
+    grown = replace(origin, shape=target.shape, parts=target.parts)
+    apart = target.row_granule == 1 and all(part.stride for part in target.parts.values())
+    return origin.rows < target.rows and apart and stored_alike(grown, target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +183,8 @@ def rounding_of(origin: Weight, target: Weight, edits: tuple[Edit, ...], rule: R
     format may, if they were quantized before, and the run tries some. It does so with all that loses bits, patched or not,
     where the rule also takes what lies on no grid.
     """
-    owner, kept = codec(target.codec), stored_alike(origin, target)
-    if not isinstance(owner, Gridded) or target.format not in owner.grids or origin.shape != target.shape:
+    owner, kept = codec(target.codec), begins_alike(origin, target)
+    if not isinstance(owner, Gridded) or target.format not in owner.grids or (origin.shape != target.shape and not kept):
         return NEAREST
     if not kept and rule.off_grid(target) != NEAREST:
         return AUTO

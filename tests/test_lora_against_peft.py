@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgeport
+from edgeport.blocks import decode_parts, decode_rows, encode_rows
 from edgeport.errors import CorruptCheckpoint, ShapeMismatch, UnsupportedPatch
-from tests.conftest import randomize
+from edgeport.locate import open_model
+from tests.conftest import randomize, save_tokenizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -383,3 +386,30 @@ def test_untouched_weights_are_byte_equal(tmp_path: Path, read_tensors: Callable
     before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "out")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if "q_proj" in name}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("rounding", ["auto", "stochastic"])
+def test_old_tokens_of_a_grown_vocabulary_stay_on_the_base_s_grid(rounding: str, tmp_path: Path) -> None:
+    base, name = save_base(tmp_path / "base"), "model.embed_tokens.weight"
+    trained = save_grown(base, tmp_path / "patch", target_modules=["q_proj", "embed_tokens", "lm_head"], init_lora_weights=False)
+    for key, parameter in trained.named_parameters():
+        if "lora_B" in key or "lora_embedding_B" in key:
+            parameter.data *= 0.02
+    trained.save_pretrained(tmp_path / "patch")
+    for folder, count in {base: 320, tmp_path / "patch": 325}.items():
+        save_tokenizer(folder, count)
+    exact = dict(trained.merge_and_unload().named_parameters())[name].detach()
+    four = edgeport.export(model=base, output=tmp_path / "base.gguf", quant="Q4_0", token_embedding_type="Q4_0").output
+    options: dict[str, Any] = {"patch": tmp_path / "patch", "new_base": four, "probe": False, "rounding": rounding}
+    receipt = edgeport.port(output=tmp_path / "out.gguf", to="gguf", **options)
+    (fact,) = [one for one in receipt.facts if one.weight == name]
+    assert fact.rounding == "stochastic" and fact.retention is not None and abs(fact.retention - 1) < 0.1
+    sources = [open_model(path) for path in (base, four, tmp_path / "out.gguf")]
+    tables = [source.weights[name] for source in sources]
+    start, before, after = (decode_rows(*both, range(both[1].rows), "cpu") for both in zip(sources, tables, strict=True))
+    change = exact[:320] - start
+    assert abs(float(((after[:320] - before) * change).sum() / change.square().sum()) - 1) < 0.1
+    # the new ones as encoding finds them, in a matrix of their own
+    table = replace(tables[2], shape=(5, 64))
+    assert torch.equal(after[320:], decode_parts(table, encode_rows(table, exact[320:])))
