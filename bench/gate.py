@@ -2,11 +2,12 @@
 
 python -m bench.gate lora                                    # the demo's evolution, which this makes itself
 python -m bench.gate chain1 chain3 --evolved DIR             # those that `bench.full` or a bench.train_* made
+python -m bench.gate                                         # only what the suite's rows say of pairs that were diagnosed before
 
-Pairs that the suite's results have no port of are left out; those that an earlier run wrote down stay. *Lost* is the share
-of what the patch brings on its own base: (tuned old base - ported) / (tuned old base - old base), in the reference precision,
-and needs no refit. At the table's foot is each figure's rank correlation with it, over all pairs, and over the evolutions that
-one patch meets (the mean over the tasks that have three or more).
+Pairs that the suite's results have no port of are left out; those that an earlier run wrote down keep its figures. *Lost* is the
+share of what the patch brings on its own base: (tuned old base - ported) / (tuned old base - old base), in the reference
+precision, and needs no refit. At the table's foot is each figure's rank correlation with it, over all pairs, and over the
+evolutions that one patch meets (the mean over the tasks that have three or more).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import edgeport
-from bench.suite import FEW, PATCHES, STAGES, evolved_of, patch_of
+from bench.suite import FEW, PATCHES, STAGES, evolved_of, known_stage, patch_of
 from edgeport.benchmark.results import OLD, PORTED, TUNED, Results, Row
 from edgeport.benchmark.results import shown as in_digits
 from edgeport.benchmark.suite import Precision
@@ -63,6 +64,12 @@ def merged(before: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any
     return [found[key] for key in sorted(found, key=lambda key: (names.index(key[0]), key[1]))]
 
 
+def told_anew(pairs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """Each pair that the rows know, with what they say of it."""
+    each = ((pair, outcome_of(rows, pair["task"], pair["evolution"])) for pair in pairs)
+    return [{**pair, **outcome} for pair, outcome in each if outcome is not None]
+
+
 def ranks(values: Sequence[float]) -> list[float]:
     """1 for the least; equal values share the mean of theirs."""
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
@@ -99,7 +106,7 @@ def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("stages", nargs="*", type=known_stage, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
     parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of those that bench/adapters lacks")
     parser.add_argument("--suite", type=Path, default=RESULTS / "suite" / "results.json", help="results of bench.suite")
@@ -111,7 +118,7 @@ def main() -> None:
         for key in arguments.stages:
             base = evolved_of(key, arguments.evolved, Path(work))
             fresh += measured(key, base, packaged_model(), arguments.patches, rows)
-    pairs = merged(json.loads(arguments.output.read_text()) if arguments.output.exists() else [], fresh)
+    pairs = told_anew(merged(json.loads(arguments.output.read_text()) if arguments.output.exists() else [], fresh), rows)
     arguments.output.write_text(json.dumps(pairs, indent=1) + "\n")
     arguments.output.with_suffix(".txt").write_text(shown(pairs) + "\n")
     print(shown(pairs))

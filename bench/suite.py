@@ -99,6 +99,12 @@ def evolved_of(key: str, evolved: Path | None, work: Path) -> Path:
     return base
 
 
+def known_stage(name: str) -> str:
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"no stage is called {name}; there are {', '.join(STAGES)}")
+    return name
+
+
 def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
     """All rows of a stage; of another patch than the first, those that the patch has a part in."""
     stage = STAGES[key]
@@ -153,7 +159,7 @@ def journaled(journal: Path, questions: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("stages", nargs="*", type=known_stage, metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--evolved", type=Path, help="folder of the evolved bases")
     parser.add_argument("--patches", type=Path, default=PATCHES, help="folder of those that bench/adapters lacks")

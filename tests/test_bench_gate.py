@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import edgeport
-from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown, within
+from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown, told_anew, within
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Results, Row
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -41,6 +41,7 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     assert (pair["task"], pair["evolution"], pair["verdict"], pair["lost"]) == ("sums", "LoRA r8", "pass", pytest.approx(3 / 8))
     other = {**pair, "evolution": "chain 2", "read": pair["read"] + 1, "lost": 0.1}
     assert merged([other, {**pair, "lost": 0.9}], [pair]) == [pair, other]
+    assert told_anew([{**pair, "lost": 0.9}, other], ROWS) == [pair]
     assert "rank correlation  -" in shown([pair]) and agreement([pair, other], "read") == pytest.approx(-1)
 
 
