@@ -56,7 +56,7 @@ from edgeport.options import (
     Verbose,
 )  # fmt: skip
 from edgeport.probing import TOKENS
-from edgeport.process import emit, mistakes, prepare
+from edgeport.process import emit, hide_downloads, mistakes, prepare
 from edgeport.report import bar, say, table
 from edgeport.texts import (
     changes_text,
@@ -156,6 +156,7 @@ def port(
 ) -> None:
     """Add patches to an evolved base and write the result."""
     with mistakes():
+        hide_downloads(no_progress or quiet)
         plan = api.plan(
             patch=list(patch), new_base=new_base, output=output, old_base=old_base, to=to, quant=quant,
             max_shard_size=max_shard_size, imatrix=imatrix, tensor_type=pairs(tensor_type),
@@ -198,6 +199,7 @@ def export(
 ) -> None:
     """Write a model in another container or precision, in the same stream as a port."""
     with mistakes():
+        hide_downloads(no_progress or quiet)
         plan = api.plan(
             new_base=model, output=output, to=to, quant=quant, max_shard_size=max_shard_size, imatrix=imatrix,
             tensor_type=pairs(tensor_type), output_tensor_type=output_tensor_type,
@@ -227,6 +229,7 @@ def extract(
 ) -> None:
     """Take a patch out of a fine-tuned model: a PEFT adapter, or with --full the exact difference."""
     with mistakes():
+        hide_downloads(no_progress or quiet)
         from edgeport.extractor import extract as run_extraction
 
         plan = api.plan_extraction(

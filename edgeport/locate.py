@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 from math import isfinite
 from pathlib import Path
 
+from edgeport import hub
 from edgeport.errors import NotACheckpoint, UnknownName, UnsupportedPatch
 from edgeport.manifest import read_manifest
 from edgeport.places import manifest_path
 from edgeport.registry import converters, patch_kinds
 from edgeport.seams import Patch, Source
 
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
-# the original weights beside transformers' own are a second copy, and what stands in subfolders is of other programs
-NOT_READ = ["*/*", "consolidated*"]
-MODEL_FILES = ["*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-
-
-def offline_set() -> bool:
-    """Whether the environment forbids the network, as huggingface_hub reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-
 
 def locate(text: str | Path, offline: bool) -> Path:
     """The local path of a model or patch; a hub name is downloaded, or found in the cache when offline."""
+    name = str(text)
+    if not name:
+        raise NotACheckpoint("an empty name was given for a model or a patch; is a variable not set?")
     path = Path(text)
     if path.exists():
         # messages and manifests call a model by its folder's name, which "." does not say
@@ -33,23 +25,9 @@ def locate(text: str | Path, offline: bool) -> Path:
     if manifest_path(path, False).is_file():
         # an output that is a set of files goes by the name it was given
         return path.parent / Path(next(iter(read_manifest(path)["files"]), path.name)).name
-    name = str(text)
-    if not HUB_NAME.match(name):
+    if not hub.NAME.match(name):
         raise NotACheckpoint(f"{name} does not exist; give a folder, a file, or a hub name such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    local = offline or offline_set()
-    try:
-        found = snapshot_download(
-            repository, revision=revision or None, local_files_only=local, allow_patterns=MODEL_FILES, ignore_patterns=NOT_READ
-        )
-        return Path(found)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = "in the local cache, and the network is not used (offline)" if local else f"on the hub: {reason}"
-        raise NotACheckpoint(f"{name} is no local path, and was not found {where}") from error
+    return hub.fetched(name, offline)
 
 
 def open_model(text: str | Path, offline: bool = False) -> Source:
@@ -62,7 +40,14 @@ def open_model(text: str | Path, offline: bool = False) -> Source:
     hint = " (it is a patch; give it as --patch)" if any(kind.detect(path) for kind in patch_kinds().values()) else ""
     if path.is_file() and (path.parent / "config.json").is_file():
         hint = f"; give the folder {path.parent}"
-    raise NotACheckpoint(f"{path} is not a model that edgeport reads ({known}){hint}")
+    raise NotACheckpoint(not_fetched(path) or f"{path} is not a model that edgeport reads ({known}){hint}")
+
+
+def not_fetched(path: Path) -> str:
+    """What is said of a folder of the hub's cache in which there is nothing to read; "" of another."""
+    if hub.commit(path) is None:
+        return ""
+    return hub.without_folder(hub.called(path))
 
 
 def split_scale(text: str | Path) -> tuple[str, float]:
@@ -92,4 +77,5 @@ def open_patch_at(path: Path, scale: float) -> Patch:
             return kind.open(path, scale)
     if any(candidate.reads and candidate.detect(path) for candidate in converters().values()):
         raise UnsupportedPatch(f"{path} is a whole model, not a patch; a PEFT adapter folder was expected")
-    raise NotACheckpoint(f"{path} is not a patch that edgeport reads (a folder with adapter_config.json was expected)")
+    said = f"{path} is not a patch that edgeport reads (a folder with adapter_config.json was expected)"
+    raise NotACheckpoint(not_fetched(path) or said)

@@ -69,9 +69,16 @@ def prepare() -> None:
         continue
     os.close(spare)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    hide_downloads(not sys.stderr.isatty())
     # a path may hold signs that the terminal's encoding lacks
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def hide_downloads(hidden: bool) -> None:
+    """No bars of huggingface_hub's, which is loaded later."""
+    if hidden:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def stop(number: int, frame: object) -> None:

@@ -30,11 +30,12 @@ def test_verify(to: str, tmp_path: Path) -> None:
     assert (answer.code, answer.output) == (1, "") and f"{file.name} has changed" in answer.error
 
 
-def test_nothing_to_compare_with_is_no_comparison(tmp_path: Path) -> None:
-    """As where a script's variable is not set."""
+def test_nothing_to_compare_with_is_no_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a script's variable is not set, in the folder of the output itself."""
     assert run(port(tmp_path)).code == 0
-    answer = run(["verify", str(tmp_path / "out"), "--against", ""])
-    assert answer.code == 1 and "is not a model that edgeport reads" in answer.error and not answer.output
+    monkeypatch.chdir(tmp_path / "out")
+    answer = run(["verify", ".", "--against", ""])
+    assert answer.code == 1 and "an empty name was given" in answer.error and not answer.output
 
 
 def test_verify_is_of_the_file_that_is_named(tmp_path: Path) -> None:
