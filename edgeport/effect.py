@@ -72,7 +72,7 @@ class Effect:
 
 def probe(job: Job, watch: Watch) -> Effect:
     """Run base, exact port and output on the text, a layer at a time. Raises EdgeportError where that cannot be done."""
-    from edgeport.probe import probe_tokens
+    from edgeport.probe import open_tokenizer, probe_tokens
 
     began = time.perf_counter()
     base, exact = models(job)
@@ -80,7 +80,8 @@ def probe(job: Job, watch: Watch) -> Effect:
     if job.adapter:
         output = ported(output, [open_patch_at(Path(job.adapter), 1.0)], None)
     text = read_text(Path(job.text)) if job.text else None
-    tokens = probe_tokens(exact, job.tokens, text)
+    # in tokens that the base has too, where the patch brings new ones
+    tokens = probe_tokens(base if open_tokenizer(base) else exact, job.tokens, text)
     figures = measure(base, exact, output, tokens, watch)
     name = Path(job.text).name if job.text else "packaged"
     return Effect(
@@ -101,12 +102,12 @@ def open_whole(path: Path) -> Source:
 
 
 def models(job: Job) -> tuple[Source, Source]:
-    """The base in the output's own shape (a grown vocabulary, an untied head), and the exact port."""
+    """The base with the output's weights (a head that the patch unties), in its own vocabulary, and the exact port."""
     source, old = open_model(job.base), open_model(job.old) if job.old else None
     patches = [open_patch_at(Path(path), scale) for path, scale in job.patches]
     exact = ported(source, patches, old)
     unpatched = {name: (origin, (), origin.shape) for name, (origin, _, _) in exact.edits.items()}
-    return Patched(source, unpatched, exact.config, exact.tokenizer), exact
+    return Patched(source, unpatched, exact.config), exact
 
 
 def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
@@ -117,7 +118,7 @@ def ported(source: Source, patches: list[Patch], old: Source | None) -> Patched:
 
 
 def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: Watch) -> dict[str, Any]:
-    """The figures of `Effect` on int64 `tokens` [1, length]."""
+    """The figures of `Effect` on int64 `tokens` [1, length] of the base's, over the vocabulary that all three have."""
     from edgeport.forward import stream
     from edgeport.probe import score
 
@@ -131,7 +132,8 @@ def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: 
 
     # an output that is a program too is asked for its numbers alone: the program would load the whole model
     models = [stream(source, layer) for source in (base, exact, output)]
-    found = score(models, tokens, ((1, 2), (1, 0), (0, 2), (0, 1)))
+    vocabulary = min(model.head.rows for model in models)
+    found = score(models, tokens, ((1, 2), (1, 0), (0, 2), (0, 1)), vocabulary)
     rounding, patch, away, back = (found.kl[pair] for pair in ((1, 2), (1, 0), (0, 2), (0, 1)))
     kept, error = share(patch - rounding + away, patch + back)
     tallies = found.tallies

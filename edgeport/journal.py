@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Read = Callable[[TensorSpec, int, int], bytes | bytearray]
 PIECE_BYTES = 1 << 20
+BESIDE = ("config.json", "tokenizer.json")
 ANEW = "leave off --resume to start anew"
 
 
@@ -98,17 +99,18 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
         "command": {
             # in their order: whole values take the place of what came before them
             "method": plan.method.to_json(), "patches": [[str(patch.path.resolve()), patch.scale] for patch in plan.patches],
-            "steps": digest_of(steps), "tokens": plan.rule.tokens,
+            "steps": digest_of(steps), "tokens": plan.rule.tokens, "device": plan.limits.device,
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip
 
 
 def inputs(plan: Plan) -> list[Path]:
-    """Every file that goes into the output's weights."""
+    """Every file that goes into the output's weights; of a folder also what says how a text goes through it."""
     read = [one for one in (plan.source, plan.old, *plan.patches) if one]
     texts = [path for path in (plan.method.calibration, plan.target.imatrix) if path]
-    return [path for one in read for path in one.files] + texts
+    beside = [one.path / name for one in read for name in BESIDE if (one.path / name).is_file()]
+    return [path for one in read for path in one.files] + beside + texts
 
 
 def digest_of(steps: Sequence[Step]) -> str:

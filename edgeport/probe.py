@@ -144,8 +144,9 @@ class Scores:
     vocabulary: int
 
 
-def score(models: Sequence[Scorer], tokens: Tensor, pairs: Sequence[tuple[int, int]]) -> Scores:
-    """Run every model on int64 `tokens` [batch, length], and take the divergences of `pairs` of them.
+def score(models: Sequence[Scorer], tokens: Tensor, pairs: Sequence[tuple[int, int]], vocabulary: int | None = None) -> Scores:
+    """Run every model on int64 `tokens` [batch, length], and take the divergences of `pairs` of them, over the first `vocabulary`
+    tokens (None: over those that all have, if that is known).
 
     Neither a whole model nor the logits of a whole vocabulary are ever in memory: all models' logits pass in blocks of
     the vocabulary, and running sums of exponentials go along.
@@ -154,7 +155,7 @@ def score(models: Sequence[Scorer], tokens: Tensor, pairs: Sequence[tuple[int, i
 
     if tokens.shape[1] < 2:
         raise VerificationFailed("a comparison needs a text of at least two tokens")
-    vocabulary = common_vocabulary(models)
+    vocabulary = vocabulary or common_vocabulary(models)
     states = [finite_states(model, tokens) for model in models]
     tallies = tuple(Tally.start(tokens) for _ in models)
     # sum of exp(logit - peak) * (logit - the other's logit) over the vocabulary so far

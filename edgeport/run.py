@@ -222,14 +222,18 @@ def compute(
     for apply in applied:
         exact = apply(rows, exact)
     check_finite(base, exact, rows)
+    def anew(values: Tensor) -> dict[str, Tensor]:
+        # some codecs encode on the CPU, wherever the values are
+        return {role: data.to(exact.device) for role, data in encode_rows(step.target, values, importance).items()}
+
     old = len(known(step.origin, rows))
     if not step.chooses_codes or (own and not old):
         stored = encode_rows(step.target, exact, importance)
     elif own and old < len(rows):  # rows of new tokens lie on no grid yet
-        pieces = round_on_grid(step, rows, own, exact[:old], inputs), encode_rows(step.target, exact[old:], importance)
+        pieces = round_on_grid(step, rows, own, exact[:old], inputs), anew(exact[old:])
         stored = {role: torch.cat([piece[role] for piece in pieces]) for role in pieces[0]}
     else:
-        spelt = own or encode_rows(step.target, exact if step.fresh else base, importance)
+        spelt = own or anew(exact if step.fresh else base)
         stored = round_on_grid(step, rows, spelt, exact, inputs)
     if applied and old:
         survival.add(base[:old], exact[:old], decode_parts(step.target, stored)[:old].to(exact.device))

@@ -88,6 +88,24 @@ def test_a_port_is_the_cpus_but_for_ties(quant: str, rounding: str, tiny_llama: 
         assert receipts["cuda"].survival["mean"] == pytest.approx(receipts["cpu"].survival["mean"], abs=0.02)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "patch-aware"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_K_M"])
+def test_scales_that_are_made_anew_on_the_cpu(quant: str, rounding: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """ggml's encoder knows no device: what it gives goes back to where the values are."""
+    plain = tiny_llama("plain", hidden=256, dtype="bfloat16")
+    patch = save_patch(plain, tmp_path / "patch")
+    ports = {
+        device: edgeport.port(
+            patch=patch, new_base=plain, output=tmp_path / f"{device}.gguf", to="gguf", quant=quant, device=device,
+            rounding=rounding, force=True, probe=False,
+        ).output
+        for device in ("cpu", "cuda")
+    }  # fmt: skip
+    here, there = values(ports["cpu"]), values(ports["cuda"])
+    most = 0.1 if rounding == "patch-aware" else 2e-3
+    assert all(float((matrix != there[name]).float().mean()) <= most for name, matrix in here.items())
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("quant", [None, "nf4", "gptq-4"])
 def test_device_memory_stays_below_the_plan(quant: str | None, rounding: str, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from edgeport.locate import open_model
 from edgeport.manifest import hashes
 from edgeport.probe import probe_tokens
 from edgeport.probing import Job
-from tests.conftest import TinyLlama
+from tests.conftest import TinyLlama, save_tokenizer
 from tests.test_adapter import save_patch
+from tests.test_lora_against_peft import save_base, save_grown
 
 TEXT = "the patch is added to the base, one block of one weight at a time, and what rounding takes away is measured " * 8
 
@@ -106,6 +107,17 @@ def test_base_and_exact_port_have_one_shape(base: Path, tmp_path: Path, tiny_lla
     tokens = probe_tokens(exact, 32)
     assert measure(unpatched, exact, open_model(merged), tokens, lambda text: None)["kept"] == pytest.approx(1, abs=1e-4)
     assert measure(unpatched, exact, open_model(tied), tokens, lambda text: None)["kept"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_patch_that_brings_tokens_is_probed_in_the_base_s_own(tmp_path: Path) -> None:
+    base, patch = save_base(tmp_path / "base"), tmp_path / "patch"
+    save_grown(base, patch, target_modules=["q_proj", "v_proj", "embed_tokens", "lm_head"])
+    for folder, count in {base: 320, patch: 325}.items():
+        save_tokenizer(folder, count)
+    quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", quant="Q8_0").output
+    receipt = edgeport.port(patch=patch, new_base=quantized, output=tmp_path / "out.gguf", to="gguf", probe=True)
+    assert receipt.probe is not None and receipt.probe.kept == pytest.approx(1, abs=0.1)
 
 
 def test_a_port_onto_a_quantized_base_is_probed(base: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def test_what_cannot_be_resumed(interrupted: Job, tmp_path: Path) -> None:
     with pytest.raises(NotResumable, match=r"adapter_config\.json has changed since the run was interrupted"):
         edgeport.port(**interrupted)
     config.write_text(told)
+    settings = interrupted["new_base"] / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(NotResumable, match=r"config\.json has changed since the run was interrupted"):
+        edgeport.port(**interrupted)
     file = interrupted["new_base"] / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -233,6 +238,10 @@ def test_patches_in_another_order_are_another_port(tmp_path: Path) -> None:
     before, now = (dependencies(plan, plan.steps) for plan in plans)
     with pytest.raises(NotResumable, match="told otherwise"):
         check_same(before, now)
+    # whose sums round otherwise
+    elsewhere = replace(plans[0], limits=replace(plans[0].limits, device="cuda"))
+    with pytest.raises(NotResumable, match="told otherwise"):
+        check_same(before, dependencies(elsewhere, plans[0].steps))
 
 
 def test_a_mistake_leaves_nothing_to_resume(tmp_path: Path) -> None:

@@ -189,7 +189,10 @@ def dtype_for(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies it by itself, which is several times as fast; else float32."""
     import torch
 
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(False)
+    else:
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
     return torch.bfloat16 if native else torch.float32
 
 
