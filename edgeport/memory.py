@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,19 +43,22 @@ def in_words(count: float) -> str:
 
 
 def peak_bytes() -> int:
-    """The process's highest resident memory: VmHWM, since `ru_maxrss` survives exec and lies. 0 where unknown."""
+    """The process's highest resident memory: VmHWM, since `ru_maxrss` survives exec and lies; that where there is no /proc."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Resident memory now. 0 where unknown."""
+    """Resident memory now; the highest so far where there is no /proc."""
     return _status("VmRSS")
 
 
 def _status(key: str) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
-        return 0
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     line = next(line for line in status.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
