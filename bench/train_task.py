@@ -4,8 +4,8 @@ python -m bench.train_task family -o bench/adapters/family
 python -m bench.train_task family --base evolved/full -o refits/full-family
 
 RECIPES says what each task gets: attention projections where these learn it, all seven where they do not. That is 20 to 50 s
-on an H100 that eight trainings share, and four minutes for arithmetic; on two cores it is a quarter of an hour for triage
-and family, an hour or two for the other choices, and most of a day for arithmetic, of which `--steps 150` is a first look.
+on an H100 that eight trainings share, and four minutes for arithmetic; on two cores some minutes for triage, up to half an hour
+for the other choices, and an hour or more for arithmetic, of which `--steps 150` is a first look.
 """
 
 from __future__ import annotations
