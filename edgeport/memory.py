@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeport.errors import UnknownName
 
 MIB = 1 << 20
+STATUS = Path("/proc/self/status")
 IMPORT_BYTES = 300 * MIB
 """Python, torch's CPU build, numpy and edgeport itself, before any work (VmHWM; measured by `bench/memory.py`)."""
 ALLOWANCE_BYTES = 48 * MIB
@@ -53,13 +54,12 @@ def resident_bytes() -> int:
 
 
 def _status(key: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not STATUS.exists():
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 

@@ -222,22 +222,23 @@ def compute(
     for apply in applied:
         exact = apply(rows, exact)
     check_finite(base, exact, rows)
-    def anew(values: Tensor) -> dict[str, Tensor]:
-        # some codecs encode on the CPU, wherever the values are
-        return {role: data.to(exact.device) for role, data in encode_rows(step.target, values, importance).items()}
-
     old = len(known(step.origin, rows))
     if not step.chooses_codes or (own and not old):
         stored = encode_rows(step.target, exact, importance)
     elif own and old < len(rows):  # rows of new tokens lie on no grid yet
-        pieces = round_on_grid(step, rows, own, exact[:old], inputs), anew(exact[old:])
+        pieces = round_on_grid(step, rows, own, exact[:old], inputs), spelt_anew(step, exact[old:], importance)
         stored = {role: torch.cat([piece[role] for piece in pieces]) for role in pieces[0]}
     else:
-        spelt = own or anew(exact if step.fresh else base)
+        spelt = own or spelt_anew(step, exact if step.fresh else base, importance)
         stored = round_on_grid(step, rows, spelt, exact, inputs)
     if applied and old:
         survival.add(base[:old], exact[:old], decode_parts(step.target, stored)[:old].to(exact.device))
     return stored
+
+
+def spelt_anew(step: Step, values: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+    """The bytes of rows that lie on no grid yet, where the values are: some codecs encode on the CPU alone."""
+    return {role: data.to(values.device) for role, data in encode_rows(step.target, values, importance).items()}
 
 
 def round_on_grid(

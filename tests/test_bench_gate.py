@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
 import edgeport
 from bench.gate import FIGURES, RESULTS, agreement, measured, merged, outcome_of, ranks, shown, told_anew, within
+from bench.suite import known_stage
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Results, Row
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
@@ -43,6 +45,11 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     assert merged([other, {**pair, "lost": 0.9}], [pair]) == [pair, other]
     assert told_anew([{**pair, "lost": 0.9}, other], ROWS) == [pair]
     assert "rank correlation  -" in shown([pair]) and agreement([pair, other], "read") == pytest.approx(-1)
+
+
+def test_a_stage_that_there_is_not() -> None:
+    with pytest.raises(ArgumentTypeError, match="no stage is called chain; there are lora, full, chain1"):
+        known_stage("chain")
 
 
 def test_equal_values_share_a_rank() -> None:

@@ -102,6 +102,10 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatc
     (found,) = bench.one("another", [case], "old base", precision, command)
     assert found == replace(row("old base", "bf16", right), evolution="another")
 
+    # as many questions, and others
+    others = replace(case, questions=[*CHOICES[1:], CHOICES[0]])
+    assert entry(command, precision, others) not in bench.finished() and bench.rows_file(others) != bench.rows_file(case)
+
     (tmp_path / "text").write_text("another text, of which the journal has no perplexity")
     assert entry(command, precision, case, tmp_path / "text") not in bench.finished()
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import edgeport
 from bench.shapes import Shape, write_model, write_patch
-from edgeport import device, run
+from edgeport import device, memory, run
 from edgeport.blocks import ranges
 from edgeport.checkpoint import Stored
 from edgeport.codecs.plain import codec as plain
@@ -147,6 +147,11 @@ def test_a_bound_on_a_device_that_is_not_used_is_said_to_be_idle(tmp_path: Path)
     base = write_model(Shape(64, 1, 64, 128, 4, 4), tmp_path / "base", None)
     notes = edgeport.plan(new_base=base, output=tmp_path / "out", device="cpu", max_vram="1GiB").notes
     assert notes == ("nothing reads --max-vram: the weights go through the CPU",)
+
+
+def test_peak_memory_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    assert 10 * MIB < memory.peak_bytes() < 1 << 40 and memory.resident_bytes() > 10 * MIB
 
 
 def test_unknown_device() -> None:
