@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import tempfile
 from collections import namedtuple
@@ -145,6 +146,9 @@ CASES: dict[str, Case] = {
     "safetensors, header nests too deep": Case(with_model_file(lambda h, d: spelled(b"[" * 200_000, d)), "not valid JSON"),
     "safetensors, header is a list": Case(with_model_file(lambda h, d: spelled([1], d)), "not a JSON object"),
     "safetensors, a key twice": Case(with_model_file(lambda h, d: spelled(b'{"a": 1, "a": 2}', d)), "a key stands twice"),
+    "safetensors, half a character in a name": Case(
+        with_model_file(lambda h, d: spelled(json.dumps({"\ud800" + name: one for name, one in h.items()}).encode(), d)),
+        "names a tensor '\\ud800"),
     "safetensors, an entry without shape": Case(
         with_model_file(lambda h, d: spelled(h | {NORM: {"dtype": "F32"}}, d)), "lacks dtype, data_offsets"),
     "safetensors, overlapping offsets": Case(with_model_file(lambda h, d: spelled(moved(h, -64), d)), "overlap or leave a hole"),
@@ -175,6 +179,12 @@ CASES: dict[str, Case] = {
     "config.json missing": Case(lambda f: port(f, without(model(f), "config.json")), "is not a model that edgeport reads"),
     "config.json, not JSON": Case(with_config("{'a': 1}"), "config.json is not valid JSON"),
     "config.json, a list": Case(with_config("[]"), "where a JSON object was expected"),
+    "config.json, a size that is a word": Case(
+        with_config(hidden_size="wide"), "has the hidden_size 'wide' where a number was expected"),
+    "config.json, a list of words as a size": Case(
+        with_config(num_attention_heads=["one"], model_type="segformer"), "the num_attention_heads ['one'] where a number"),
+    "config.json, quantized by the short word, and no tensor is": Case(
+        with_config(quantization_config={"load_in_4bit": True}), "is quantized (bitsandbytes), and no weight of it is"),
     "config.json, quantized": Case(with_config(quantization_config={"quant_method": "aqlm"}), "is quantized (aqlm)"),
     "config.json, quantized, and no tensor is": Case(
         with_config(quantization_config={"quant_method": "gptq", "bits": 4}), "and no weight of it is"),
@@ -206,7 +216,8 @@ CASES: dict[str, Case] = {
     ".bin, a pickle that runs code, bare": Case(with_bin(lambda f: {"a": Payload(f)}, zipped=False), "is not a zip file"),
     ".bin, a list instead of a table": Case(
         with_bin(lambda f: [1, 2], zipped=True), "list where a table of tensors was expected"),
-    ".bin, a number among the tensors": Case(with_bin(lambda f: {"a": 3}, zipped=True), "a is a int where a tensor"),
+    ".bin, a number among the tensors": Case(with_bin(lambda f: {"a": 3}, zipped=True), "'a' is a int where a tensor"),
+    ".bin, a number as a name": Case(with_bin(lambda f: {3: "a"}, zipped=True), "3 is a str where a tensor by name"),
     # GGUF
     "GGUF, truncated": Case(with_gguf(lambda d: d[:-400]), "it is cut short"),
     "GGUF, truncated in the header": Case(with_gguf(lambda d: d[:90]), "the file ends"),

@@ -36,11 +36,12 @@ HEAD = ("task", "evolution", *FIGURES, "verdict", "tuned old base", "ported", "l
 
 
 def outcome_of(rows: Sequence[Row], task: str, evolution: str) -> dict[str, float] | None:
-    """Accuracies of a pair's first patch and the share that its port loses; None where a model was not asked."""
+    """Accuracies of a pair's first patch and the share that its port loses; None where a model was not asked, or tuning has
+    changed no accuracy that could be lost."""
     first = Precision.parse(FEW[0]).name
     ours = [row for row in rows if row.key[:2] == (task, evolution) and row.precision == first and not row.patch_seed]
     found = {row.model: row.accuracy for row in ours}
-    if not found.keys() >= {OLD, TUNED, PORTED}:
+    if not found.keys() >= {OLD, TUNED, PORTED} or found[TUNED] == found[OLD]:
         return None
     share = (found[TUNED] - found[PORTED]) / (found[TUNED] - found[OLD])
     return {"tuned": found[TUNED], "ported": found[PORTED], "lost": share}
@@ -65,9 +66,8 @@ def merged(before: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any
 
 
 def told_anew(pairs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """Each pair that the rows know, with what they say of it."""
-    each = ((pair, outcome_of(rows, pair["task"], pair["evolution"])) for pair in pairs)
-    return [{**pair, **outcome} for pair, outcome in each if outcome is not None]
+    """The pairs, with what the rows say of those that they know."""
+    return [{**pair, **(outcome_of(rows, pair["task"], pair["evolution"]) or {})} for pair in pairs]
 
 
 def ranks(values: Sequence[float]) -> list[float]:

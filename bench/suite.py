@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections import defaultdict
@@ -115,8 +116,9 @@ def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
     text = None
     if arguments.books:
         text = folder / "held-out.txt"
-        if not text.exists():
-            text.write_text(held_out(arguments.books / stage.book), encoding="utf-8")
+        anew = text.with_suffix(f".{os.getpid()}")  # whole at once: another process may read it
+        anew.write_text(held_out(arguments.books / stage.book), encoding="utf-8")
+        anew.replace(text)
     evolution = Evolution(stage.name, str(base), str(packaged_model()))
     rows: list[Row] = []
     for quants in dict.fromkeys(tuple(one) for one in stage.tasks.values()):
@@ -166,13 +168,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="for models in work and the journal of finished ones (default: in OUTPUT)")
     parser.add_argument("--books", type=Path, help="folder of books: adds perplexity on the pages that were held out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--quant", nargs="+", help="only these precisions")
+    parser.add_argument("--quant", nargs="+", help=f"only these precisions, {FEW[0]} among them")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--patch-seed", type=int, default=0, help="which patches: 1 for those in seed1, and so on")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing; write the results in these folders as one")
     arguments = parser.parse_args()
     command = shlex.join(["python", "-m", "bench.suite", *sys.argv[1:]])
+    if arguments.quant and FEW[0] not in arguments.quant:
+        parser.error(f"--quant without {FEW[0]}, from which divergences and flips are told")
     if arguments.merge:
         print(write_merged(arguments.merge, arguments.output, command))
         return

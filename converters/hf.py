@@ -34,9 +34,8 @@ from edgeport.ties import HEADS
 if TYPE_CHECKING:
     from torch import Tensor
 
-# in the order of preference
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+HOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What holds the weights, or says which shards do, in transformers' order of preference (`_get_resolved_checkpoint_files`)."""
 ASSETS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template*", "*.tiktoken", "*.model", "preprocessor_config.json", "processor_config.json",
@@ -95,16 +94,20 @@ def copy_assets(assets: Mapping[str, Path], staging: Path) -> None:
             shutil.copyfile(path, staging / name)
 
 
+def holder_of(folder: Path) -> Path | None:
+    """The file of all weights, or the index of their shards; None where there is neither."""
+    return next((folder / name for name in HOLDERS if (folder / name).is_file()), None)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files that hold the weights. Raises NotACheckpoint, CorruptCheckpoint for a shard outside the folder."""
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    index = holder_of(folder)
     if index is None:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         hint = f"; if {others[0]} is the model, rename it" if others else ""
-        raise NotACheckpoint(f"{folder} holds none of {', '.join(SINGLE_FILES + INDEXES)}{hint}")
+        raise NotACheckpoint(f"{folder} holds none of {', '.join(HOLDERS)}{hint}")
+    if index.suffix != ".json":
+        return [index]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CorruptCheckpoint(f"{index.name} has no weight_map of tensor names to file names")
@@ -133,8 +136,8 @@ def open_folder(path: Path) -> Folder:
             if name in stored:
                 raise CorruptCheckpoint(f"tensor {name} stands in {stored[name].path.name} and in {file.name}")
             stored[name] = place
-    index = next((path / name for name in INDEXES if files[0].name not in SINGLE_FILES and (path / name).is_file()), None)
-    absent = sorted(set(read_json(index)["weight_map"]) - set(stored)) if index else []
+    index = holder_of(path)
+    absent = sorted(set(read_json(index)["weight_map"]) - set(stored)) if index and index.suffix == ".json" else []
     if index and absent:
         more = " ..." if len(absent) > 5 else ""
         raise MissingTensor(f"{len(absent)} of the tensors in {index.name} are in no shard ({', '.join(absent[:5])}{more})")
@@ -151,7 +154,7 @@ def open_folder(path: Path) -> Folder:
         raise AmbiguousFormat(f"{unread} belongs to a quantized weight, and {where_told(path, config)}")
     if quantization and all(weight.codec == "plain" for weight in weights.values()):
         raise CorruptCheckpoint(
-            f"config.json says that {path} is quantized ({quantization['quant_method']}), and no weight of it is; take "
+            f"config.json says that {path} is quantized ({quant_method(quantization)}), and no weight of it is; take "
             "quantization_config out of config.json if that is so"
         )
     return Folder(path, config, stored, weights, files)
@@ -226,7 +229,7 @@ class FolderSink:
             parameters = sum(weight.elements for weight in weights)
             weight_map = {name: shard for shard, specs in shards.items() for name in specs}
             index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-            layouts.append(_whole(INDEXES[0], json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"))
+            layouts.append(_whole(HOLDERS[1], json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"))
         return layouts
 
     def shards(self, weights: Sequence[Weight]) -> dict[str, dict[str, TensorSpec]]:
@@ -242,7 +245,7 @@ class FolderSink:
             filled += weight.nbytes
         groups = [aligned(group) for group in groups]
         if len(groups) == 1:
-            return {SINGLE_FILES[0]: groups[0]}
+            return {HOLDERS[0]: groups[0]}
         return {f"model-{n:05}-of-{len(groups):05}.safetensors": specs for n, specs in enumerate(groups, 1)}
 
     def factors(self, weight: Weight, rank: int) -> Factors:
@@ -278,9 +281,9 @@ class FolderSink:
             config.pop("quantization_config", None)
         if self.quant:
             config["quantization_config"] = dict(self.quant.config)
-        if self.target.formats:
-            config["quantization_config"] = with_skipped(config["quantization_config"], self.target.formats)
         told = config.get("quantization_config")
+        if self.target.formats and told:
+            told = config["quantization_config"] = with_skipped(told, self.target.formats)
         if told and told == self.source.config.get("quantization_config"):
             beside = {name: self.source.path / name for name in QUANT_FILES}
             copy_assets({name: path for name, path in beside.items() if path.is_file()}, staging)
@@ -318,7 +321,7 @@ class HuggingFace:
     writes = True
 
     def detect(self, path: Path) -> bool:
-        weights = any((path / name).is_file() for name in SINGLE_FILES + INDEXES)
+        weights = holder_of(path) is not None
         # an ONNX folder has a config.json as well
         return path.is_dir() and (path / "config.json").is_file() and (weights or not (path / "model.onnx").is_file())
 

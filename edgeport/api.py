@@ -19,6 +19,7 @@ from edgeport.probing import TOKENS
 from edgeport.registry import converter, miss
 from edgeport.run import Progress, run, silent
 from edgeport.seams import Patch, Source, Target
+from edgeport.sizes import size
 from edgeport.steps import Limits
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def plan(
             raise UnknownName("--max-size says how far --promote may go; give both, or neither")
         return decided
     method, target = promoted(decided, _bytes(options.get("max_size")))
-    return make_plan(source, patches, chosen, target, limits, old=old, overwrite=overwrite, method=method)
+    finer = make_plan(source, patches, chosen, target, limits, old=old, overwrite=overwrite, method=method)
+    return replace(finer, stamps=decided.stamps)  # of before the promotion read any of it
 
 
 def check_names(given: Iterable[str], known: frozenset[str]) -> None:
@@ -263,7 +265,7 @@ def compare(output: Location, against: Location, *, tokens: int = TOKENS, offlin
     from edgeport.effect import open_whole
 
     reference, candidate = (open_whole(locate(one, offline)) for one in (against, output))
-    reach = [source.config.get("max_position_embeddings") or tokens for source in (reference, candidate)]
+    reach = [size(source.config, "max_position_embeddings", tokens) for source in (reference, candidate)]
     return probe.compare(reference, candidate, probe.probe_tokens(reference, min(tokens, *reach)))
 
 

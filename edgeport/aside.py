@@ -115,6 +115,8 @@ def here(work: Callable[[], Any]) -> Any:
         raise
     except (EdgeportError, MissingExtra) as error:
         return str(error)
+    except Exception as error:  # which would end a process of its own, and not the port
+        return f"{type(error).__name__}: {error}"
 
 
 def within(answers: Iterator[dict[str, Any]]) -> Generator[dict[str, Any] | str]:

@@ -18,6 +18,7 @@ from edgeport.registry import roundings
 from edgeport.rounding import AUTO, NEAREST, ON_GRID, UNCALIBRATED, Inputs
 from edgeport.scratch import NUMBER_BYTES, Place, read, read_drift
 from edgeport.seams import LowRankEdit, Source
+from edgeport.sizes import size
 from edgeport.steps import Limits, Rule, Step
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def text_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
     That is at most what a layer was given and makes of it, and either the scores of attention or the wide inputs.
     """
-    hidden = int(config.get("hidden_size") or 0)
-    wide = int(config.get("intermediate_size") or 4 * hidden)
+    hidden = size(config, "hidden_size", 0)
+    wide = size(config, "intermediate_size", 4 * hidden)
     length = window_length(config)
     windows = max(tokens // length, 1)
     waiting = max(8 * tokens * wide, windows * scores_bytes(length, config))
@@ -156,6 +157,11 @@ class Activations:
             self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
         for answer in self.answers:
             if isinstance(answer, str):
+                if self.peak_bytes:
+                    raise VerificationFailed(
+                        f"the text that guides the rounding broke off on its way ({answer}), and the weights after it would be "
+                        f"rounded otherwise; start again, or give --rounding {UNCALIBRATED}"
+                    )
                 self.unable = answer
                 wanted = plan.method.rounding
                 if wanted != AUTO:

@@ -79,11 +79,11 @@ def open_checkpoint(path: Path) -> dict[str, Stored]:
     """The tensors of a `.safetensors`, `.bin`, `.pt` or `.pth` file, in the order of their bytes."""
     if not path.is_file():
         raise NotACheckpoint(f"{path} is not a file")
-    return safetensors_header(path)[0] if path.suffix == ".safetensors" else torch_header(path)
+    return safetensors_header(path) if path.suffix == ".safetensors" else torch_header(path)
 
 
-def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, every claim of its header checked against the file.
+def safetensors_header(path: Path) -> dict[str, Stored]:
+    """Tensors of a safetensors file, every claim of its header checked against the file.
 
     Format: https://github.com/huggingface/safetensors#format. Raises CorruptCheckpoint.
     """
@@ -102,7 +102,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise CorruptCheckpoint(f"the header of {path.name} is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CorruptCheckpoint(f"the header of {path.name} is not a JSON object")
-    metadata = header.pop("__metadata__", {}) or {}
+    header.pop("__metadata__", None)
     begin = 8 + length
     entries = [_entry(path, name, fields, begin, size) for name, fields in header.items()]
     entries.sort(key=lambda stored: (stored.offset, stored.nbytes))
@@ -116,7 +116,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         expected += stored.nbytes
     if expected != size:
         raise CorruptCheckpoint(f"{path.name} has {size} bytes, and its header accounts for {expected}")
-    return {stored.name: stored for stored in entries}, metadata
+    return {stored.name: stored for stored in entries}
 
 
 def _compact(pairs: list[tuple[str, Any]]) -> Any:
@@ -138,6 +138,8 @@ def _compact(pairs: list[tuple[str, Any]]) -> Any:
 def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Stored:
     if not isinstance(fields, tuple):
         raise CorruptCheckpoint(f"{path.name}: the header entry of {name} lacks dtype, data_offsets or a shape of whole numbers")
+    if not is_text(name):
+        raise CorruptCheckpoint(f"{path.name}: the header names a tensor {name!r}, which is no text")
     dtype, shape, start, stop = fields
     if dtype not in TYPES:
         raise CorruptCheckpoint(f"{path.name}: tensor {name} has the unknown dtype {dtype!r}")
@@ -152,6 +154,11 @@ def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Stored:
     if stop - start != nbytes:
         raise CorruptCheckpoint(f"{path.name}: tensor {name} has {stop - start} bytes where {dtype} {list(shape)} takes {nbytes}")
     return Stored(name, dtype, shape, nbytes, path, begin + start)
+
+
+def is_text(name: object) -> bool:
+    """Whether a tensor's name can be written again: JSON may spell halves of characters."""
+    return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 @cache
@@ -187,10 +194,13 @@ def torch_header(path: Path) -> dict[str, Stored]:
     names = {torch_name: name for name, (_, torch_name, _) in TYPES.items()}
     found = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise NotACheckpoint(f"{path.name}: {name} is a {type(tensor).__name__} where a tensor was expected; {convert}")
+        if not isinstance(tensor, torch.Tensor) or not is_text(name):
+            raise NotACheckpoint(
+                f"{path.name}: {name!r} is a {type(tensor).__name__} where a tensor by name was expected; {convert}"
+            )
         dtype = names.get(str(tensor.dtype).removeprefix("torch."))
-        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        strided = tensor.layout is torch.strided
+        begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if strided else None
         if dtype is None or begin is None or not tensor.is_contiguous():
             raise NotACheckpoint(f"{path.name}: {name} ({tensor.dtype}) is not stored as one plain block; {convert}")
         nbytes = tensor.numel() * tensor.element_size()

@@ -16,6 +16,7 @@ from edgeport.matching import collect_edits, final_shape, with_ties
 from edgeport.registry import codec
 from edgeport.run import compute
 from edgeport.seams import Patch, Source
+from edgeport.settling import settled
 from edgeport.steps import Allowed, Rule, cut
 from edgeport.survival import Survival
 
@@ -89,7 +90,7 @@ def survival(new: Source, item: Item) -> float | None:
     if weight.codec == "plain" or not written or final_shape(weight, edits) != weight.shape:
         return None
     with about(name):
-        step = cut(weight, weight, tuple(edits), Allowed(), Rule())
+        step = settled(cut(weight, weight, tuple(edits), Allowed(), Rule()), new, Rule())
         applied, found = [edit.load("cpu") for edit in edits], Survival()
         for rows in sampled(weight.rows, step.granule):
             parts = read_tensors(new, weight, rows)

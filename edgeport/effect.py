@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import Watch, serve
+from edgeport.errors import CorruptCheckpoint
+from edgeport.hub import called
 from edgeport.locate import open_model, open_patch_at
 from edgeport.manifest import manifest_of, read_manifest
 from edgeport.matching import adapted_config, collect_edits, final_shape, with_ties
 from edgeport.memory import peak_bytes
 from edgeport.probing import Job, read_text
 from edgeport.seams import Patch, Source
+from edgeport.sizes import size
 from edgeport.virtual import Patched
 from edgeport.vocabulary import tokenizer_files
 
@@ -97,6 +100,8 @@ def open_whole(path: Path) -> Source:
     beside = read_manifest(path).get("adapter")
     if not beside:
         return source
+    if not isinstance(beside, dict) or not isinstance(beside.get("path"), str):
+        raise CorruptCheckpoint(f"the manifest of {called(path)} does not say which adapter belongs to it")
     folder = path if path.is_dir() else path.parent
     return ported(source, [open_patch_at(folder / Path(beside["path"]).name, 1.0)], None)
 
@@ -122,7 +127,7 @@ def measure(base: Source, exact: Source, output: Source, tokens: Tensor, watch: 
     from edgeport.forward import stream
     from edgeport.probe import score
 
-    layers = 3 * int(base.config.get("num_hidden_layers", 0))
+    layers = 3 * size(base.config, "num_hidden_layers", 0)
     done = 0
 
     def layer() -> None:

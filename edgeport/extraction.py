@@ -29,6 +29,7 @@ from edgeport.seams import Source
 from edgeport.steps import BLOCK_ELEMENTS, FLOAT_BYTES, Limits, block_budget
 from edgeport.tensor import HEAD, TensorSpec, Weight
 from edgeport.ties import HEADS, is_tied
+from edgeport.vocabulary import other_tokens
 
 DEFAULT_RANK = 16
 LEAST_WIDTH = 64
@@ -38,6 +39,12 @@ DRAW_BYTES = 24
 EMBEDDINGS = re.compile(r"(?!embed_out$).*embed.*|wte|wpe|shared|relative_attention_bias")
 """Own names of tables that are looked up (GPT-NeoX's embed_out is a linear head). PEFT knows their factors under other names,
 and passes those of a linear layer over; a linear layer that is called so is kept whole, which is as exact."""
+
+NO_SETTINGS = frozenset({
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
+    "quantization_config", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+})  # fmt: skip
+"""Keys of a config.json that decide nothing of what a model computes, or that headers tell better."""
 
 LORA, WHOLE, DIFFERENCE, NONE = "lora", "whole", "difference", "none"
 
@@ -78,6 +85,10 @@ class ExtractionPlan:
     """Bytes of the longest header."""
     bytes_out: int
     overwrite: bool
+    tokens: bool
+    """Whether the tuned model's tokenizer has other tokens than the old base's."""
+    settings: tuple[str, ...]
+    """What its config.json says otherwise, of what decides what a model computes."""
 
     @property
     def bytes_in(self) -> int:
@@ -206,7 +217,15 @@ def plan_extraction(
     # what --energy will need no header tells; rarely as much as it may
     likely = specs_at_most(pairs, forms, Keep(LEAST_WIDTH)) if keep.energy else most
     check_disk(output, len(header) + sum(spec.nbytes for spec in likely) + DISK_SLACK_BYTES)
-    return ExtractionPlan(old, tuned, keep, output, limits, changes, len(header), size, overwrite)
+    return ExtractionPlan(
+        old, tuned, keep, output, limits, changes, len(header), size, overwrite, other_tokens(old, tuned),
+        settings_changed(old.config, tuned.config),
+    )  # fmt: skip
+
+
+def settings_changed(old: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[str, ...]:
+    """What both config.jsons say, and not alike: a key that one leaves out is nearly always of another version."""
+    return tuple(sorted(key for key in old.keys() & tuned.keys() - NO_SETTINGS if old[key] != tuned[key]))
 
 
 def form_of(both: Both, keep: Keep) -> str:

@@ -96,8 +96,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     file = Appended(plan.file, plan.room)
     with torch.no_grad(), claimed(plan.output), metered() as meter:
         check_output(plan.output, True, plan.overwrite)
-        files = [*plan.old.files, *plan.tuned.files]
-        before = stamps(files)
+        before = stamps([*plan.old.files, *plan.tuned.files])
         inputs = in_background(partial(described, {"old_base": plan.old, "tuned": plan.tuned}))
         with staged(plan.output, [file.layout], True, plan.overwrite) as staging:
             facts = []
@@ -120,7 +119,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
                 tuple(notes_on(plan, facts)),
             )  # fmt: skip
             told = inputs.result()
-            check_unchanged(files, before)
+            check_unchanged(before)
             write_record(staging.folder, MANIFEST, told, command, record(plan, done, told))
     return done
 
@@ -143,7 +142,13 @@ def notes_on(plan: ExtractionPlan, facts: Sequence[Taken]) -> Iterator[str]:
             "as whole values; port with --old-base to add their change in place of putting them in the new base's place"
         )
     if plan.grown:
-        yield f"the vocabulary has grown ({', '.join(plan.grown)}); before PEFT loads the patch, resize the base's embeddings"
+        before = "" if plan.keep.full else "; before PEFT loads the patch, resize the base's embeddings"
+        yield f"the vocabulary has grown ({', '.join(plan.grown)}){before}"
+    if plan.settings:
+        yield (
+            f"config.json has another {', '.join(plan.settings)} in the tuned model, which no patch holds: a port of it computes "
+            "as the new base's config.json says"
+        )
 
 
 def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging) -> Taken:
@@ -224,6 +229,7 @@ def append_factors(
             break
         if width == change.width:
             raise UnsupportedPatch(too_wide(plan, change, surely, held[surely - 1]))
+        del found  # before a wider one comes
         width = min(WIDENING * width, change.width)
     up, down = found.factors(rank)
     for weight, values in zip(factor_layout(both, rank), (down, up), strict=True):
@@ -256,8 +262,8 @@ def whole_name(name: str, file: Appended) -> str:
 
 
 def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appended, folder: Path) -> None:
-    """The adapter's config, and the tokenizer where the vocabulary has grown."""
-    if plan.grown:
+    """The adapter's config, and the tokenizer where it has tokens that the old base's has not."""
+    if plan.grown or plan.tokens:
         with TemporaryDirectory(dir=folder) as scratch:
             for name, path in plan.tuned.assets(Path(scratch)).items():
                 if name in TOKENIZER_FILES:

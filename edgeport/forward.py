@@ -145,7 +145,8 @@ def made(config: Mapping[str, Any], make: Callable[..., Model], what: str) -> Mo
         described = transformers.AutoConfig.for_model(fields.pop("model_type", "none at all"), **fields)
         with parameters_without_memory():
             model = make(described, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, strict) as error:  # of settings that are missing, or of another kind
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, strict) as error:
+        # of settings that are missing, of another kind, or 0
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = " ".join(told.split())[:120]
         raise UnsupportedArchitecture(
@@ -202,13 +203,17 @@ def bind(module: nn.Module, source: Source, weights: Mapping[str, Weight], *, ta
         vars(module)["forward"] = partial(multiply, source, weights["weight"], bias)
         return
     empty = {attribute: getattr(module, attribute) for attribute in weights}
+    inside = 0
+    """Texts that are in the module at once: several take turns in a layer, and the first to leave it takes nothing away."""
 
     def load(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if table:
             rows, ids = look_up(source, weights["weight"], inputs[0])
             module.weight = nn.Parameter(rows, requires_grad=False)
             return (ids,)
-        for attribute, weight in weights.items():
+        nonlocal inside
+        inside += 1
+        for attribute, weight in weights.items() if inside == 1 else ():
             value = read_whole(source, weight).to(empty[attribute].dtype)
             # state_dict holds persistent buffers as well
             is_parameter = isinstance(empty[attribute], nn.Parameter)
@@ -216,7 +221,9 @@ def bind(module: nn.Module, source: Source, weights: Mapping[str, Weight], *, ta
         return inputs
 
     def drop(*_: Any) -> None:
-        for attribute, tensor in empty.items():
+        nonlocal inside
+        inside = max(inside - 1, 0)
+        for attribute, tensor in empty.items() if not inside else ():
             setattr(module, attribute, tensor)
 
     if isinstance(module, nn.Embedding):

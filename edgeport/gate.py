@@ -52,7 +52,9 @@ def judge(found: Mapping[str, Sums], items: Sequence[Item], notes: Sequence[str]
     total = sum(found.values(), Sums()).figures()
     cosines = {name: cosine for name in matrices if (cosine := found[name].figures()["cosine"]) is not None}
     drift = f"the new base has drifted by {total['drift'] or 0:.1%} of the old one's norm in the weights that the patch changes"
-    if cosines and median(cosines.values()) < UNRELATED:
+    if not cosines:
+        return Verdict(UNKNOWN, f"{drift}, and the patch changes no matrix, by which alone related models are told from others")
+    if median(cosines.values()) < UNRELATED:
         return Verdict(
             REFUSED,
             f"{drift}, and their median cosine is {median(cosines.values()):.3f}, as between models that have nothing in common: "

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.errors import CorruptCheckpoint, EdgeportError, NotResumable, OutputExists
-from edgeport.manifest import WeightFact, fingerprint, stamps, versions
+from edgeport.errors import BudgetTooSmall, CorruptCheckpoint, EdgeportError, NotResumable, OutputExists, PatchLost
+from edgeport.manifest import WeightFact, fingerprint, versions
 from edgeport.places import journal_path, staging_path
 from edgeport.staging import Written
 from edgeport.steps import Step
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 Read = Callable[[TensorSpec, int, int], bytes | bytearray]
 PIECE_BYTES = 1 << 20
-BESIDE = ("config.json", "tokenizer.json")
 ANEW = "leave off --resume to start anew"
+MENDED = (OutputExists, BudgetTooSmall, PatchLost)
+"""What can be moved away, or had with other limits or --force, by a run that writes the same."""
 
 
 @dataclass(slots=True)
@@ -43,9 +45,11 @@ class Journal:
     """Of the weights that are done."""
     notes: tuple[str, ...] = ()
 
-    def begin(self) -> None:
-        """Write what is known; what was cut off, or is not as it was, is gone then."""
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in (self.depends, *self.lines)))
+    def begin(self, staging: Path) -> None:
+        """Write what is known, by way of a file in a folder that is cleared; what was cut off, or is not as it was, is gone."""
+        anew = staging / self.path.name
+        anew.write_text("".join(json.dumps(line) + "\n" for line in (self.depends, *self.lines)))
+        os.replace(anew, self.path)  # whole, whenever it ends
 
     def add(self, step: Step, fact: WeightFact, digests: Mapping[str, str]) -> None:
         line = json.dumps({"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests)}) + "\n"
@@ -54,9 +58,8 @@ class Journal:
             file.write(line.encode())
 
     def outlives(self, error: BaseException | None) -> bool:
-        """Whether the journal and the files are kept after such an end. A mistake of the user's would come again, but for what
-        has come to stand in the output's place, and can be moved away."""
-        again = isinstance(error, EdgeportError) and not isinstance(error, OutputExists)
+        """Whether the journal and the files are kept after such an end: not after a mistake that would come again."""
+        again = isinstance(error, EdgeportError) and not isinstance(error, MENDED)
         return self.resumed and error is not None and not again
 
 
@@ -70,7 +73,9 @@ def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:
     depends = json.loads(json.dumps(dependencies(plan, steps)))
     lines = list(entries(path)) if interrupted else []
     if not resume or not lines:
-        cleared = "the files of an interrupted run were cleared away; with --resume a run goes on from there"
+        cleared = "the files of an interrupted run were cleared away; " + (
+            "its journal tells nothing" if resume else "with --resume a run goes on from there"
+        )
         return Journal(path, depends, resume, notes=(cleared,) * interrupted)
     check_same(lines[0], depends)
     found = dict(verified(plan, steps, lines[1:]))
@@ -93,7 +98,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
     """What the output's bytes depend on, as far as it can be told without reading all of it."""
     return {
-        "inputs": stamps(inputs(plan)),
+        "inputs": plan.stamps,
         "fingerprints": [fingerprint(source) for source in (plan.source, plan.old) if source],
         "versions": versions(),
         "command": {
@@ -103,14 +108,6 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip
-
-
-def inputs(plan: Plan) -> list[Path]:
-    """Every file that goes into the output's weights; of a folder also what says how a text goes through it."""
-    read = [one for one in (plan.source, plan.old, *plan.patches) if one]
-    texts = [path for path in (plan.method.calibration, plan.target.imatrix) if path]
-    beside = [one.path / name for one in read for name in BESIDE if (one.path / name).is_file()]
-    return [path for one in read for path in one.files] + beside + texts
 
 
 def digest_of(steps: Sequence[Step]) -> str:

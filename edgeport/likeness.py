@@ -12,6 +12,7 @@ from edgeport.forward import bind, build_class, meta_explained, read_whole
 from edgeport.hub import called
 from edgeport.memory import trim_heap
 from edgeport.seams import Encoding, Source
+from edgeport.sizes import size
 from edgeport.tensor import Weight
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def compare(reference: Source, candidate: Source) -> Likeness:
         words = [", ".join(f"{name} {list(dims)}" for name, dims in dims.items()) + (f" of {size} tokens" if size else "")
                  for dims, size in taken]  # fmt: skip
         raise VerificationFailed(f"the two encoders take {words[0]} and {words[1]}; only the same inputs are compared")
-    reach = (int(source.config.get("max_position_embeddings", LENGTH)) for source in (reference, candidate))
+    reach = (size(source.config, "max_position_embeddings", LENGTH) for source in (reference, candidate))
     length = min(LENGTH, min(reach) // 2)
     given = known.example({"batch": BATCH, "length": length})
     theirs, ours = (outputs_of(source, given) for source in (reference, candidate))

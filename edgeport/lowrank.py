@@ -44,8 +44,9 @@ class Truncated:
 
 
 def held_bytes(rows: int, columns: int, width: int) -> int:
-    """What `truncated` takes beside the blocks: the sketch in float64 and its vectors twice, then the projection and its own."""
-    return width * max(28 * columns + 8 * width, 12 * rows + 12 * columns + 16 * width)
+    """What `truncated` takes beside the blocks: the sketch in float64, its vectors twice and LAPACK's room (20.7 bytes for each
+    square of the width by hand, with MKL), then the projection and its own."""
+    return width * max(28 * columns + 40 * width, 12 * rows + 12 * columns + 16 * width)
 
 
 def row_space(blocks: Blocks, columns: int, width: int, key: str) -> Tensor:

@@ -136,12 +136,14 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
 
 def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
     """Size and time of change of files, by path: what tells another file without reading it."""
-    return {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+    return {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
-def check_unchanged(paths: Iterable[Path], before: Mapping[str, Any]) -> None:
+def check_unchanged(before: Mapping[str, Sequence[int]]) -> None:
     """Raises CorruptCheckpoint where a file is not what it was when it was stamped."""
-    changed = next((name for name, facts in stamps(paths).items() if before.get(name) != facts), None)
+    changed = next(
+        (name for name, facts in before.items() if not os.path.exists(name) or stamps([Path(name)])[name] != facts), None
+    )
     if changed:
         raise CorruptCheckpoint(
             f"{Path(changed).name} has changed while it was read, and what was made of it is of neither version; start again, "

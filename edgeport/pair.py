@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from edgeport.blocks import decode_rows, finite, known, padded, ranges
 from edgeport.errors import MissingTensor, NonFiniteResult, ShapeMismatch, TargetMissing, about
 from edgeport.hub import called
 from edgeport.patches.names import find
+from edgeport.registry import codec
 from edgeport.seams import Source
 from edgeport.steps import common_granule
 from edgeport.tensor import Weight, is_buffer
@@ -42,7 +44,8 @@ class Both:
 
 
 def matched(old: Source, new: Source) -> list[Both]:
-    """Every weight of either model beside the other's, in the old one's order; a tied head is the embedding.
+    """Every weight of either model beside the other's, in the old one's order; a tied head is the embedding. A table that only
+    one of them stores is left out.
 
     Raises TargetMissing, MissingTensor, ShapeMismatch where they are not of one architecture and size.
     """
@@ -50,15 +53,24 @@ def matched(old: Source, new: Source) -> list[Both]:
     before_all, after_all = ({name: one for name, one in source.weights.items() if not is_buffer(name)} for source in (old, new))
     for name, weight in after_all.items():
         before = find(name, before_all)
+        if before is None and is_table(weight):
+            continue
         if before is None:
             raise TargetMissing(unlike(new, name, old))
         found[before.name] = paired(before.name, before, weight)
     for name, weight in before_all.items():
         if name in HEADS.values() and name not in found and (embedding := find(name, after_all)):
             found[name] = paired(name, weight, embedding)
-        elif name not in found:
+        elif name not in found and not is_table(weight):
             raise MissingTensor(unlike(old, name, new))
-    return [found[name] for name in dict.fromkeys([*before_all, *found])]
+    return [found[name] for name in dict.fromkeys([*before_all, *found]) if name in found]
+
+
+def is_table(weight: Weight) -> bool:
+    """Whether these are no numbers that a training changes: positions, as BERT's checkpoints had them before transformers 4.31,
+    or GPT-2's causal mask and the number that stands for its zeros."""
+    mask = re.fullmatch(r"(?:.*\.)?attn\.(?:masked_)?bias", weight.name) and len(weight.shape) in (0, 4)
+    return bool(mask) or not codec(weight.codec).formats[weight.format]
 
 
 def unlike(one: Source, name: str, other: Source) -> str:

@@ -7,14 +7,17 @@ import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 
 from edgeport.checkpoint import read_json
-from edgeport.errors import CorruptCheckpoint, NotEnoughDisk, OutputExists
+from edgeport.errors import CorruptCheckpoint, NotEnoughDisk, OutputExists, UnknownName
 from edgeport.memory import MIB, in_words
 from edgeport.seams import FileLayout
 
 MANIFEST = "edgeport.json"
 DISK_SLACK_BYTES = 16 * MIB
+SPARE_HANDLES = 64
+"""For inputs, pipes and libraries."""
 
 
 def manifest_path(output: Path, folder: bool) -> Path:
@@ -30,6 +33,11 @@ def staging_path(output: Path) -> Path:
 def journal_path(output: Path) -> Path:
     """What a run into that folder has done so far."""
     return output.with_name(f".{output.name}.journal")
+
+
+def replaced_path(output: Path) -> Path:
+    """Where what stood in the output's place waits until the new one is whole."""
+    return output.with_name(f".{output.name}.replaced")
 
 
 def half_placed(output: Path) -> list[str]:
@@ -54,6 +62,8 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
         raise OutputExists(f"the folder {output.parent} for the output is not writable")
     if os.path.ismount(output):
         raise OutputExists(f"{output} is a mount point, which nothing can take the place of; give a folder inside it")
+    if replaced_path(output).is_dir():
+        return  # a run broke off while it put the old output aside: who claims the place takes it back, and looks again
     broken_off = half_placed(output)
     # also a link that leads nowhere, as to a disk that is not mounted, or to itself
     places = (path for path in (output, manifest_path(output, folder)) if path.name not in broken_off)
@@ -74,6 +84,8 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
 
 def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
     """No other file stands where one of a split set goes. Raises OutputExists."""
+    if replaced_path(output).is_dir():
+        return
     broken_off = half_placed(output)
     places = [output.with_name(file.name) for file in files if not folder and file.name not in broken_off]
     standing = [path for path in places if path.exists()]
@@ -85,14 +97,28 @@ def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwri
 
 
 def owned(output: Path, folder: bool) -> set[str]:
-    """The files of an output as its manifest says: inside a folder, or beside each other."""
-    return {name if folder else Path(name).name for name in listed(manifest_path(output, folder))}
+    """The files of an output as its manifest says: inside a folder, or beside each other, where they begin and end as it does:
+    a manifest that came from elsewhere does not make others' files ours."""
+    names = listed(manifest_path(output, folder))
+    if folder:
+        return set(names)
+    return {name for name in map(os.path.basename, names) if name.startswith(output.stem) and name.endswith(output.suffix)}
 
 
 def listed(manifest: Path) -> Sequence[str]:
     """The files that a manifest names; none where it is not there, or has no table of them. Raises CorruptCheckpoint."""
     files = read_json(manifest).get("files") if manifest.is_file() else None
     return list(files) if isinstance(files, dict) else []
+
+
+def check_handles(files: Sequence[FileLayout]) -> None:
+    """All files of an output are open at once. Raises UnknownName where that is more than the system allows."""
+    most = getrlimit(RLIMIT_NOFILE)[0]
+    if most != RLIM_INFINITY and len(files) + SPARE_HANDLES > most:
+        raise UnknownName(
+            f"the output is cut into {len(files)} files, and a process may have {most} open (ulimit -n); give a larger "
+            "--max-shard-size"
+        )
 
 
 def entries(folder: Path) -> set[Path]:

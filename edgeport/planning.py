@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from edgeport.errors import (
     UnknownName,
     about,
 )
+from edgeport.manifest import stamps
 from edgeport.matching import (
     OPERATOR,
     adapted_config,
@@ -30,7 +31,7 @@ from edgeport.matching import (
 )
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES
 from edgeport.pace import seconds
-from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_output, through_links
+from edgeport.places import DISK_SLACK_BYTES, check_disk, check_files, check_handles, check_output, through_links
 from edgeport.probing import PROCESS_BYTES, Probing, check_text, decide
 from edgeport.registry import codec, miss, roundings
 from edgeport.rounding import AUTO, UNCALIBRATED
@@ -42,6 +43,7 @@ from edgeport.vocabulary import tokenizer_files
 if TYPE_CHECKING:
     from edgeport.promotion import Promotion
 
+BESIDE = ("config.json", "tokenizer.json")
 ASSET_BYTES = 9
 """Memory that a byte of the files beside the weights takes where they have to be made: a GGUF's tokenizer, as objects."""
 
@@ -95,6 +97,8 @@ class Plan:
     overwrite: bool = False
     made_on: Source | None = None
     """The old base, also where the semantics leave it out."""
+    stamps: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of every file that goes into the output's weights, as it was when the plan was made."""
 
     @property
     def bytes_in(self) -> int:
@@ -207,6 +211,7 @@ def make_plan(
     adapter = plan_adapter(sink, beside, {weight.name: weight for weight in placed}, method)
     files += adapter.files if adapter else ()
     check_files(target.output, files, sink.folder, overwrite)
+    check_handles(files)
     fixed = 2 * sum(len(blob) for file in files for _, blob in file.blobs)
     block_budget(limits, ASSET_BYTES * made)  # which are made before the blocks, and after
     allowed = block_budget(limits, fixed)
@@ -230,7 +235,15 @@ def make_plan(
                *notes_on_rounding(steps, rule, method, hindrance, probing), *notes_on_importance(steps, target, method),
                *notes_on_memory(limits, allowed)),
         probing=probing, scratch_bytes=scratch, rule=rule, adapter=adapter, overwrite=overwrite, made_on=made_on,
+        stamps=stamps(inputs([source, old, *patches], method.calibration, target.imatrix)),
     )  # fmt: skip
+
+
+def inputs(read: Iterable[Source | Patch | None], *texts: Path | None) -> list[Path]:
+    """Every file that goes into the output's weights; of a folder also what says how a text goes through it."""
+    found = [one for one in read if one]
+    beside = [path for one in found for name in BESIDE if (path := one.path / name).is_file()]
+    return [path for one in found for path in one.files] + beside + [path for path in texts if path]
 
 
 def notes_on_rounding(

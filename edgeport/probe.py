@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from math import exp
 from pathlib import Path
+from sys import float_info
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -156,12 +156,12 @@ def score(models: Sequence[Scorer], tokens: Tensor, pairs: Sequence[tuple[int, i
     if tokens.shape[1] < 2:
         raise VerificationFailed("a comparison needs a text of at least two tokens")
     vocabulary = vocabulary or common_vocabulary(models)
-    states = [finite_states(model, tokens) for model in models]
+    states = [finite(model.hidden(tokens), model) for model in models]
     tallies = tuple(Tally.start(tokens) for _ in models)
     # sum of exp(logit - peak) * (logit - the other's logit) over the vocabulary so far
     gaps = {pair: torch.zeros_like(tallies[0].mass) for pair in pairs}
     for rows in vocabulary_blocks(models, tokens.numel(), vocabulary):
-        logits = [model.logits(tokens, hidden, rows) for model, hidden in zip(models, states, strict=True)]
+        logits = [finite(model.logits(tokens, hidden, rows), model) for model, hidden in zip(models, states, strict=True)]
         added = [tally.add(one, rows) for tally, one in zip(tallies, logits, strict=True)]
         for first, second in pairs:
             shares, shrink = added[first]
@@ -224,19 +224,18 @@ class Tally:
         return self.peak + self.mass.log()
 
     def perplexity(self) -> float:
-        """exp of the mean of -log p(target), over the positions that have one."""
+        """exp of the mean of -log p(target), over the positions that have one, as far as float64 goes."""
         surprise = self.log_mass() - self.target_logit
-        return exp(surprise[:, :-1].mean().item())
+        return surprise[:, :-1].mean().exp().clamp(max=float_info.max).item()
 
 
-def finite_states(model: Scorer, tokens: Tensor) -> Tensor:
-    """`model.hidden(tokens)`. Raises NonFiniteResult where it is no numbers."""
-    states = model.hidden(tokens)
-    if not bool(states.isfinite().all()):
+def finite(values: Tensor, model: Scorer) -> Tensor:
+    """What the model computed. Raises NonFiniteResult where it is no numbers."""
+    if not bool(values.isfinite().all()):
         raise NonFiniteResult(
             f"{called(model.source.path)} computes NaN or infinity on the probe text; its weights are damaged"
         )
-    return states
+    return values
 
 
 def vocabulary_blocks(models: Sequence[Scorer], positions: int, vocabulary: int) -> Iterator[range]:

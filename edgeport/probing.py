@@ -26,6 +26,7 @@ from edgeport.errors import (
 from edgeport.hub import called
 from edgeport.memory import IMPORT_BYTES, MIB, in_words
 from edgeport.seams import Converter, Patch, Source
+from edgeport.sizes import size
 
 if TYPE_CHECKING:
     from edgeport.aside import Watch
@@ -92,6 +93,7 @@ def decide(
     Raises BudgetTooSmall, MissingExtra, NotACheckpoint, VerificationFailed where a probe is insisted on and cannot be.
     """
     tokens = TOKENS if sum(step.target.elements for step in steps) < LARGE else FEW_TOKENS
+    tokens = min(tokens, size(config, "max_position_embeddings", tokens))
     need = predicted_bytes(steps, tokens, config)
     if not patches:
         return Probing(skipped="no patch")
@@ -153,19 +155,19 @@ def predicted_bytes(steps: Sequence[Step], tokens: int, config: Mapping[str, Any
 
 def window_length(config: Mapping[str, Any]) -> int:
     """Tokens of a window that the model can see at once."""
-    return min(WINDOW, int(config.get("max_position_embeddings") or WINDOW))
+    return min(WINDOW, size(config, "max_position_embeddings", WINDOW))
 
 
 def window_bytes(tokens: int, config: Mapping[str, Any]) -> int:
     """Activations of so many tokens that see each other, in one layer."""
-    hidden = int(config.get("hidden_size") or 0)
-    wide = int(config.get("intermediate_size") or 4 * hidden)
+    hidden = size(config, "hidden_size", 0)
+    wide = size(config, "intermediate_size", 4 * hidden)
     return 4 * tokens * (8 * hidden + 4 * wide) + 4 * scores_bytes(tokens, config)
 
 
 def scores_bytes(tokens: int, config: Mapping[str, Any]) -> int:
     """Of attention between so many tokens, in one layer. What torch computes in one piece has but a mask."""
-    heads = 1 if config.get("model_type") in FUSED else int(config.get("num_attention_heads") or 1)
+    heads = 1 if config.get("model_type") in FUSED else size(config, "num_attention_heads", 1)
     return 4 * heads * tokens * tokens
 
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from edgeport.blocks import read_tensors, sampled
+from edgeport.blocks import SAMPLED_ROWS, read_tensors, sampled
 from edgeport.errors import BudgetTooSmall, ConvertError, about
 from edgeport.memory import in_words
+from edgeport.patches.edits import ReplaceRows
 from edgeport.planning import Plan
 from edgeport.run import compute
 from edgeport.seams import Promoting, Sink
@@ -60,8 +61,10 @@ def promotions(plan: Plan, most_bytes: int) -> list[Promotion]:
     if not ladders:
         raise ConvertError("--promote: no patched weight is stored in a format that the container has a finer one for")
     chosen = dict.fromkeys(ladders, 0)
+    if not any(affordable(ladders, chosen, inf)):
+        raise ConvertError("--promote: no finer format brings any patched weight nearer to the exact port")
     costs = [ladders[name][index].nbytes - ladders[name][0].nbytes for _, name, index in affordable(ladders, chosen, inf)]
-    if costs and min(costs) > room:
+    if min(costs) > room:
         raise BudgetTooSmall(
             f"--max-size {in_words(most_bytes)} has no room for a promotion: the least takes {in_words(min(costs))} beside the "
             f"{in_words(plan.bytes_out)} of the output without any"
@@ -99,6 +102,14 @@ def ladder(step: Step, plan: Plan) -> Iterator[Choice]:
             yield Choice(stored, error(tried, plan), -(-stored.nbytes // ALIGNMENT) * ALIGNMENT)
 
 
+def of_tokens(step: Step) -> list[range]:
+    """The granules of the rows that a patch of single rows has, as many as are sampled of a whole weight."""
+    size, rows = step.granule, step.origin.rows
+    indices = [index for edit in step.edits if isinstance(edit, ReplaceRows) for index in edit.indices if index < rows]
+    starts = sorted({index // size * size for index in indices})[: max(SAMPLED_ROWS // size, 1)]
+    return [range(start, min(start + size, rows)) for start in starts]
+
+
 def finer(sink: Sink, weight: Weight) -> Sequence[Weight]:
     return sink.finer(weight) if isinstance(sink, Promoting) else ()
 
@@ -108,7 +119,7 @@ def error(step: Step, plan: Plan) -> float:
     applied = [edit.load("cpu") for edit in step.edits]
     importance = (plan.sink.importance or {}).get(step.target.name)
     survival = Survival()
-    for rows in sampled(step.origin.rows, step.granule):
+    for rows in (*sampled(step.origin.rows, step.granule), *of_tokens(step)):
         parts = read_tensors(plan.source, step.origin, rows)
         compute(step, rows, parts, applied, importance, None, survival)
     return survival.noise()

@@ -69,6 +69,7 @@ def run(
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
         check_budget(plan.limits)
         meter.before = resident_bytes()  # with the libraries of formats, which are in use by now
+        check_unchanged(plan.stamps)
         journal = journals.opened(plan, steps, resume)
         return stream(plan, steps, activations, journal, verdict, began, meter, progress=progress, force=force, command=command)
 
@@ -82,7 +83,7 @@ def stream(
     with (
         staged(plan.target.output, plan.files, plan.sink.folder, plan.overwrite, journal) as staging, lane_for(plan) as lane,
     ):  # fmt: skip
-        journal.begin()
+        journal.begin(staging.folder)
         found: dict[str, WeightFact] = {}
         for step, seen in activations.through(steps, staging.written, journal.done, lane.device):
             name = step.target.name
@@ -116,7 +117,7 @@ def stream(
         if not force:
             refuse_lost(receipt)
         told = inputs.result()
-        check_unchanged(journals.inputs(plan), journal.depends["inputs"])
+        check_unchanged(plan.stamps)
         write_manifest(receipt, plan.sink.folder, staging.folder, told, command)
     return receipt
 

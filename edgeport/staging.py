@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 from edgeport.checkpoint import read_lines, read_range
 from edgeport.errors import NotEnoughDisk, OutputExists, PlanViolation
-from edgeport.places import check_files, check_output, half_placed, journal_path, manifest_path, owned, staging_path
+from edgeport.places import (
+    check_files,
+    check_output,
+    half_placed,
+    journal_path,
+    manifest_path,
+    owned,
+    replaced_path,
+    staging_path,
+)
 from edgeport.seams import FileLayout
 from edgeport.tensor import TensorSpec
 
@@ -119,8 +128,14 @@ def claimed(output: Path) -> Iterator[None]:
     The system lets go of the lock when the process ends, however it ends. A place that is left empty is removed.
     """
     place = staging_path(output)
-    place.mkdir(exist_ok=True)
-    handle = os.open(place, os.O_RDONLY)
+    try:
+        place.mkdir(exist_ok=True)
+        # what a link leads to is not ours to clear
+        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise OutputExists(f"{place}, where {output} is to be made, is a link or a file; move it away") from None
     try:
         lock(handle, output)  # who does not get it leaves the place, which is another's even while it is empty
         try:
@@ -165,7 +180,7 @@ def staged(
     """
     place = staging_path(output)
     sweep(place, (layout.name for layout in layouts) if journal and journal.done else ())
-    staging, kept = Staging(place, {}, layouts), False
+    staging, kept, done = Staging(place, {}, layouts), False, False
     try:
         for layout in layouts:
             (place / layout.name).parent.mkdir(exist_ok=True)
@@ -185,6 +200,7 @@ def staged(
         check_output(output, folder, overwrite)
         check_files(output, layouts, folder, overwrite)
         commit(place, output, folder)
+        done = True
     except BaseException as error:
         kept = journal is not None and journal.outlives(error)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -192,16 +208,28 @@ def staged(
         raise
     finally:
         staging.close()
-        take_back(output)
-        if not kept:
-            journal_path(output).unlink(missing_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
+        if not done:  # else the place may be the next run's by now
+            take_back(output)
+            if not kept:
+                journal_path(output).unlink(missing_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def take_back(output: Path) -> None:
-    """Undo a commit that broke off, if there is one."""
+    """Undo a commit that broke off, if there is one: what it was to replace stands where it stood. After a whole one that
+    goes for good."""
+    place, replaced, record = staging_path(output), replaced_path(output), manifest_path(output, False).name
     for name in half_placed(output):
-        os.replace(output.with_name(name), staging_path(output) / name)
+        os.replace(output.with_name(name), place / name)
+    if replaced.is_symlink() or not replaced.is_dir():
+        return
+    if (replaced / output.name).is_dir():
+        whole = os.path.lexists(output)
+    else:
+        whole = output.with_name(record).exists() and not (place / record).exists()
+    for path in [] if whole else sorted(replaced.iterdir()):
+        os.replace(path, output.with_name(path.name))
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sweep(place: Path, files: Iterable[str]) -> None:
@@ -216,28 +244,27 @@ def sweep(place: Path, files: Iterable[str]) -> None:
 
 
 def commit(place: Path, output: Path, folder: bool) -> None:
-    """Rename into place what is synced; what stood there, and may be replaced, goes last.
+    """Rename into place what is synced. What stood there, and may be replaced, is put aside first and goes last.
 
     The journal goes before the last step: beside a whole output there is nothing left to go on with.
     """
-    if not folder:
-        # the manifest goes last: an output without one is not done
-        manifest = manifest_path(output, False).name
-        files, before = sorted(place.iterdir(), key=lambda path: path.name == manifest), owned(output, False)
-        for path in files:
-            if path.name == manifest:
-                journal_path(output).unlink(missing_ok=True)
-            os.replace(path, output.with_name(path.name))
-        for name in before - {path.name for path in files}:
-            output.with_name(name).unlink(missing_ok=True)
-    else:
-        replaced = output.with_name(f".{output.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if output.exists():
-            os.rename(output, replaced)
+    # the manifest goes last: an output without one is not done
+    record, replaced = manifest_path(output, False).name, replaced_path(output)
+    before = [output.name] if folder else [*sorted(owned(output, False)), record]
+    standing = [path for name in before if (path := output.with_name(name)).exists()]
+    if standing:
+        replaced.mkdir()
+    for path in standing:
+        os.replace(path, replaced / path.name)
+    if folder:
         journal_path(output).unlink(missing_ok=True)
         os.rename(place, output)
-        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        for path in sorted(place.iterdir(), key=lambda path: path.name == record):
+            if path.name == record:
+                journal_path(output).unlink(missing_ok=True)
+            os.replace(path, output.with_name(path.name))
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(output.parent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import cast
@@ -11,7 +12,7 @@ from edgeport.grid import Gridded
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, MIB, in_words
 from edgeport.registry import codec, roundings
 from edgeport.rounding import AUTO, NEAREST, UNCALIBRATED
-from edgeport.seams import Edit, Finishing
+from edgeport.seams import Edit, Finishing, LowRankEdit
 from edgeport.tensor import Weight
 from edgeport.ties import HEADS
 
@@ -208,14 +209,15 @@ def cut(
     # every edit's factors are loaded before the first block
     chosen = rounding_of(origin, target, edits, rule)
     possible = rule.on_grid(target) if chosen == AUTO else chosen
-    held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target) + input_bytes(target, possible, rule.tokens)
+    held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target)
+    held += input_bytes(target, edits, possible, rule.tokens)
     granule = common_granule(origin, target)
     least = min(-(-LEAST_ROWS // granule) * granule, target.rows) if edits else granule
     rounding = rounding_bytes(origin, target, possible, rule.tokens)
     each_host, each_device = (
         each(origin, target, edits, rounding) for each in (host_bytes if allowed.cuda else compute_bytes, device_bytes)
     )
-    rows = max(BLOCK_ELEMENTS // max(target.columns, 1) // granule * granule, least)
+    rows = max(BLOCK_ELEMENTS // target.columns // granule * granule, least) if target.columns else target.rows
     rows = min(rows, -(-target.rows // granule) * granule)
     bounds: list[tuple[int | None, float, str]] = [(allowed.ram, each_host, "--max-ram")]
     bounds += [(allowed.vram, each_device, "--max-vram")] * allowed.cuda
@@ -242,9 +244,14 @@ def finishing_bytes(target: Weight) -> int:
     return owner.held_bytes(target) if isinstance(owner, Finishing) else 0
 
 
-def input_bytes(target: Weight, rounding: str, tokens: int) -> int:
-    """The layer's inputs, in bfloat16, where the rule sees them."""
-    return 2 * tokens * target.columns if rounding != NEAREST and roundings()[rounding].calibrated else 0
+def input_bytes(target: Weight, edits: Sequence[Edit], rounding: str, tokens: int) -> int:
+    """Where the rule sees the layer's inputs: these and the directions that the patch reads, in bfloat16; the latter's
+    factors in float32, made orthogonal; and what the rule makes of it all."""
+    if rounding == NEAREST or not (rule := roundings()[rounding]).calibrated:
+        return 0
+    directions = sum(edit.rank for edit in edits if isinstance(edit, LowRankEdit))
+    rows = tokens + directions
+    return (2 * rows + 3 * FLOAT_BYTES * directions) * target.columns + rule.held(target.columns, rows)
 
 
 def rounding_bytes(origin: Weight, target: Weight, rounding: str, tokens: int) -> float:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from edgeport.errors import ConvertError
 from edgeport.hub import called
+from edgeport.manifest import sha256
 from edgeport.patches.edits import ReplaceRows
 from edgeport.patches.names import find
 from edgeport.seams import Edit, Patch, Source
@@ -45,13 +46,14 @@ def tokenizer_files(
             theirs, ours = rows_of(text), rows_of(known())
             if not theirs or not ours or theirs == ours:
                 continue
-            if trained(own, set(theirs.values()) - set(ours.values())):
+            new = {row for text, row in theirs.items() if ours.get(text) != row}
+            if trained(own, new, new - set(ours.values())):
                 taken |= files
             else:
                 other = sorted(dict(theirs.items() ^ ours.items()))
                 notes.append(
                     f"the tokenizer beside {called(patch.path)} has other tokens than the new base's ({', '.join(other[:3])}"
-                    f"{' ...' if len(other) > 3 else ''}), whose rows the patch does not train; the base's is kept, so copy the "
+                    f"{' ...' if len(other) > 3 else ''}), which the patch brings no rows for; the base's is kept, so copy the "
                     "other into the output if it is meant"
                 )
     return taken, notes
@@ -64,10 +66,23 @@ def grows(source: Source, edits: Mapping[str, Sequence[Edit]]) -> bool:
     )
 
 
-def trained(edits: Mapping[str, Sequence[Edit]], tokens: set[int]) -> bool:
-    """Whether one patch's edits change rows of the vocabulary that stand for any of these tokens."""
+def trained(edits: Mapping[str, Sequence[Edit]], new: set[int], unused: set[int]) -> bool:
+    """Whether one patch's edits change rows of the vocabulary for its sake: single ones that stand for `new` tokens, or all of
+    a vocabulary of which the base has left these `unused`."""
     todo = [edit for name in edits if is_end(name) for edit in edits[name]]
-    return any(tokens.intersection(edit.indices if isinstance(edit, ReplaceRows) else range(edit.shape[0])) for edit in todo)
+    return any(
+        new.intersection(edit.indices) if isinstance(edit, ReplaceRows) else unused.intersection(range(edit.shape[0]))
+        for edit in todo
+    )
+
+
+def other_tokens(one: Source, other: Source) -> bool:
+    """Whether two folders' tokenizers have other tokens, or the same in other rows, as far as both can be read."""
+    files = [source.path / TOKENIZER for source in (one, other)]
+    if not all(path.is_file() for path in files) or sha256(files[0]) == sha256(files[1]):
+        return False
+    first, second = (rows_of(path.read_bytes()) for path in files)
+    return bool(first and second) and first != second
 
 
 def text_of(files: Mapping[str, Path]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -73,7 +74,7 @@ def error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def stored_weights(output: Path, model: Any, bits: int) -> dict[str, torch.Tensor]:
+def stored_weights(output: Path, model: Any, bits: int, head_bits: int | None = None) -> dict[str, torch.Tensor]:
     """What the file holds, under transformers' names: by onnx's own reader, and unpacked in plain numpy."""
     stored = onnx.load(output / "model.onnx")
     portable = not any(node.domain for node in stored.graph.node)
@@ -83,8 +84,9 @@ def stored_weights(output: Path, model: Any, bits: int) -> dict[str, torch.Tenso
         name = name.removesuffix(".rows")
         if name.endswith((".scales", ".zero_points")) or name.startswith("constant") or name in weights:
             continue
+        wide = (head_bits or bits) if re.search("embed_tokens|lm_head", name) else bits
         if f"{name}.scales" in arrays:
-            values = unpacked(values, arrays[f"{name}.scales"], arrays.get(f"{name}.zero_points"), bits, portable)
+            values = unpacked(values, arrays[f"{name}.scales"], arrays.get(f"{name}.zero_points"), wide, portable)
         prefix, joined, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", *name.split("."))
         begin = 0
         for module in joined.split("+"):

@@ -43,7 +43,8 @@ def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     assert (pair["task"], pair["evolution"], pair["verdict"], pair["lost"]) == ("sums", "LoRA r8", "pass", pytest.approx(3 / 8))
     other = {**pair, "evolution": "chain 2", "read": pair["read"] + 1, "lost": 0.1}
     assert merged([other, {**pair, "lost": 0.9}], [pair]) == [pair, other]
-    assert told_anew([{**pair, "lost": 0.9}, other], ROWS) == [pair]
+    assert told_anew([{**pair, "lost": 0.9}, other], ROWS) == [pair, other]
+    assert outcome_of([row(OLD, 90), *ROWS[1:]], "sums", "LoRA r8") is None
     assert "rank correlation  -" in shown([pair]) and agreement([pair, other], "read") == pytest.approx(-1)
 
 

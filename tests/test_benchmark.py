@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -250,11 +251,16 @@ def test_all_rows_and_a_folder(own: list[str | Path], tiny_llama: TinyLlama, tmp
         (["--seed", "0"], 2, "--suite and --seed are of the packaged suites"),
         (["--patch", "nowhere"], 1, "nowhere does not exist"),
         (["--questions", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--quant", "bf16", "--quant", "nf4"], 1, "bitsandbytes is to ask nf4 (hf) and not installed: pip install"),
         (["--old-base", "nowhere"], 1, "nowhere does not exist"),
         (["--refit", "nowhere"], 1, "nowhere does not exist"),
     ],
 )
-def test_mistakes_come_before_any_file(change: list[str], code: int, says: str, own: list[str | Path], tmp_path: Path) -> None:
+def test_mistakes_come_before_any_file(
+    change: list[str], code: int, says: str, own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("edgeport.benchmark.command.find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     done = run(*own, *change)
     assert (done.exit_code, (tmp_path / "out").exists()) == (code, False), done.stderr
     assert says in done.stderr and done.stderr.count("\n") == 1
@@ -355,4 +361,6 @@ def test_an_unknown_suite_and_present_results(own: list[str | Path], tmp_path: P
     (tmp_path / "out" / "results.json").write_text("mine")
     done = run(*own)
     assert done.exit_code == 1 and "--overwrite" in done.stderr
+    done = run(*own, "--overwrite")
+    assert done.exit_code == 1 and "is nothing that edgeport bench wrote; it is not overwritten" in done.stderr
     assert (tmp_path / "out" / "results.json").read_text() == "mine"

@@ -30,8 +30,9 @@ def results() -> Results:
         for at, model in enumerate(MODELS)
         for drop, (precision, size) in enumerate((("bf16", 258), ("Q8_0", 138), ("Q4_0", 88)))
     ]  # fmt: skip
-    told = {"port_peak_bytes": 270 << 20, "port_seconds": 2.5, "kl": 0.01, "gain_kept": 0.8, "gain_error": 0.12}
-    rows = [replace(row, **told) if row.model == "ported" else row for row in rows]
+    told = {"port_peak_bytes": 270 << 20, "port_seconds": 2.5, "gain_kept": 0.8, "gain_error": 0.12}
+    kl = {"bf16": 0.01, "Q8_0": 0.03, "Q4_0": 0.02}
+    rows = [replace(row, kl=kl[row.precision], **told) if row.model == "ported" else row for row in rows]
     tasks = [
         {"name": "triage", "title": "Triage", "source": "made up", "questions": 400, "floor": 0.125},
         {"name": "legs", "title": "Legs", "source": "made up", "questions": 400, "floor": 0.05},
@@ -146,6 +147,17 @@ def test_sorting_by_what_the_first_row_lacks(shown: Any) -> None:
     """The reference has no divergence from itself; the others come first, the largest on top."""
     shown.locator('th[data-key="kl"]').click()
     assert shown.locator('th[data-key="kl"]').get_attribute("aria-sort") == "descending"
+    place = shown.locator("#head th").evaluate_all("cells => cells.findIndex(cell => cell.dataset.key === 'kl')") + 1
+    told = [text.split()[0] for text in column(shown, place)]
+    numbers = [float(text) for text in told if text != "–"]
+    assert len(numbers) > 1 and numbers == sorted(numbers, reverse=True) and told[len(numbers) :] == ["–"] * told.count("–")
+
+
+def test_what_is_pressed_keeps_the_focus(shown: Any) -> None:
+    for place in ('button[data-set="model"][data-name="re-tuned"]', 'th[data-key="bytes"]'):
+        shown.locator(place).focus()
+        shown.keyboard.press("Enter")
+        assert shown.evaluate("place => document.activeElement === document.querySelector(place)", place)
 
 
 def test_labels_say_where_their_lines_are(shown: Any) -> None:
@@ -181,7 +193,7 @@ def test_hovering_names_the_row(shown: Any) -> None:
     assert not tip.is_visible()
     shown.locator('.dot[aria-label^="ported, Q4_0"]').hover()
     text = tip.inner_text()
-    assert "ported" in text and "50.0 %" in text and "88 MiB" in text and "0.0100" in text and "80 % ± 12" in text
+    assert "ported" in text and "50.0 %" in text and "88 MiB" in text and "0.0200" in text and "80 % ± 12" in text
     assert shown.locator("tbody tr.lit").count() == 1
 
 

@@ -9,15 +9,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import edgeport
 from bench.bad_input import listing
 from bench.shapes import Shape, write_model, write_patch
 from bench.spoiling import HIDDEN, NORM, Q_WEIGHT, export, factors, model, patch, port, run, tokenizer, weights
+from edgeport.errors import EdgeportError
 from edgeport.report import bar
 from tests.commands import ROOT, child, content, ran, said, with_tokenizer
 
@@ -310,3 +314,100 @@ def test_verbose_names_every_patched_weight(tmp_path: Path) -> None:
     line = next(line for line in answer.error.splitlines() if "q_proj" in line)
     assert line.split()[1:5] == ["patch", "F32", "F32", "nearest"] and float(line.split()[6]) == pytest.approx(1, abs=1e-3)
     assert len(answer.error.splitlines()) == 3
+
+
+FLAGS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "port": (
+        ["--patch", "a:0.5", "--patch", "b", "--new-base", "new", "--old-base", "old", "-o", "out", "--rounding", "stochastic",
+         "--seed", "3", "--semantics", "operator", "--promote", "--max-size", "5GB", "--sidecar", "--residual", "4", "--probe",
+         "--calibration", "text", "--keep-format", "--force"],
+        {"patch": ["a:0.5", "b"], "new_base": "new", "old_base": "old", "rounding": "stochastic", "seed": 3,
+         "semantics": "operator", "promote": True, "max_size": "5GB", "sidecar": True, "residual": 4, "probe": True,
+         "calibration": Path("text"), "keep_format": True, "force": True},
+    ),
+    "export": (["new", "--output", "out", "--calibration", "text"], {"new_base": "new", "calibration": Path("text")}),
+}  # fmt: skip
+BOTH = (
+    ["--to", "onnx", "--max-shard-size", "1GB", "--imatrix", "i", "--tensor-type", "ffn=q8_0", "--output-tensor-type", "f16",
+     "--token-embedding-type", "q6_k", "--block-size", "64", "--asymmetric", "--portable", "--execution-provider", "cuda",
+     "--max-ram", "2GB", "--max-vram", "3GB", "--device", "cuda", "--overwrite", "--offline"],
+    {"output": Path("out"), "to": "onnx", "max_shard_size": "1GB", "imatrix": Path("i"), "tensor_type": [("ffn", "q8_0")],
+     "output_tensor_type": "f16", "token_embedding_type": "q6_k", "block_size": 64, "asymmetric": True, "portable": True,
+     "execution_provider": "cuda", "max_ram": "2GB", "max_vram": "3GB", "device": "cuda", "overwrite": True, "offline": True},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+@pytest.mark.parametrize("quant", ["--quant", "--precision", "-p"])
+def test_every_flag_reaches_the_plan(verb: str, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def plan(**given: Any) -> None:
+        told.update(given)
+        raise EdgeportError("seen")
+
+    monkeypatch.setattr("edgeport.cli.api.plan", plan)
+    (own, expected), (shared, more) = FLAGS[verb], BOTH
+    assert run([verb, *own, *shared, quant, "int4"]).error == "edgeport: seen\n"
+    assert told == expected | more | {"quant": "int4"}
+
+
+def test_the_flags_of_the_other_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[Any, Any]] = []
+
+    def noted(*places: Any, **given: Any) -> None:
+        told.append(dict(enumerate(map(str, places))) | given)
+        raise EdgeportError("seen")
+
+    for name in ("plan_extraction", "diagnose", "compare", "verify", "inspect"):
+        monkeypatch.setattr(f"edgeport.cli.api.{name}", noted)
+    for argv in (
+        ["extract", "--old-base", "old", "--tuned", "new", "-o", "out", "--energy", "0.9", "--max-ram", "1GB", "--offline"],
+        ["extract", "--old-base", "old", "--tuned", "new", "-o", "out", "--full", "--overwrite"],
+        ["diagnose", "--patch", "a", "--patch", "b", "--new-base", "new", "--old-base", "old", "--force", "--offline"],
+        ["inspect", "model", "--offline"],
+    ):
+        assert run(argv).error == "edgeport: seen\n", argv
+    common: dict[str, Any] = {"old_base": "old", "tuned": "new", "output": Path("out"), "rank": None}
+    assert told == [
+        {**common, "energy": 0.9, "full": False, "max_ram": "1GB", "overwrite": False, "offline": True},
+        {**common, "energy": None, "full": True, "max_ram": None, "overwrite": True, "offline": False},
+        {"patch": ["a", "b"], "new_base": "new", "old_base": "old", "force": True, "offline": True},
+        {0: "model", "offline": True},
+    ]
+
+
+def test_a_manifest_says_what_went_in_and_how(tmp_path: Path) -> None:
+    argv = port(tmp_path, None, None, "--old-base", str(model(tmp_path, "old")), "--no-progress")
+    ran(child(argv))
+    told = json.loads((tmp_path / "out" / "edgeport.json").read_text())
+    assert told["command"] == ["edgeport", *argv] and told["versions"]["edgeport"] == edgeport.__version__
+    assert told["predicted_peak_bytes"] >= told["peak_above_import_bytes"]
+    for role, folder, names in (
+        ("new_base", "base", ["model.safetensors"]), ("old_base", "old", ["model.safetensors"]),
+        ("patches", "patch", ["adapter_config.json", "adapter_model.safetensors"]),
+    ):  # fmt: skip
+        found = told["inputs"][role][0] if role == "patches" else told["inputs"][role]
+        assert found["sha256"] == {name: sha256((tmp_path / folder / name).read_bytes()).hexdigest() for name in names}
+
+
+@pytest.mark.parametrize(("flags", "extra"), [(["--to", "gguf"], "gguf"), (["--to", "onnx"], "onnx"), ([], None)])
+def test_what_the_plain_installation_does(flags: list[str], extra: str | None, tmp_path: Path) -> None:
+    """Folders to folders; for the others the extra that they want is named."""
+    absent = ("gguf", "llama_cpp", "transformers", "tokenizers", "onnx", "onnxruntime", "peft")
+    base, output = with_tokenizer(tmp_path), tmp_path / ("out.gguf" if extra == "gguf" else "out")
+    argv = ["port", "--patch", str(patch(tmp_path)), "--new-base", str(base), "-o", str(output), "--no-progress", *flags]
+    done = child(argv, before=f"import sys\nfor name in {absent}: sys.modules[name] = None\n")
+    if extra is None:
+        assert (done.returncode, output.is_dir()) == (0, True), done.stderr
+        return
+    assert (done.returncode, output.exists()) == (1, False)
+    assert done.stderr.count("\n") == 1 and f"pip install 'edgeport[{extra}]'" in done.stderr
+
+
+def test_plain_lines_for_logs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("edgeport.report.LINE_SECONDS", -1)
+    with bar(200, True) as progress:
+        progress("w", 50)
+        progress("w", 100)
+    assert capsys.readouterr().err == " 25% of 200 B: w\n 75% of 200 B: w\n"

@@ -135,7 +135,7 @@ def test_threads_leave_no_trace(format: str, monkeypatch: pytest.MonkeyPatch) ->
     matrix = normal(13, 512)
     stored = []
     for count in (1, 2, 5, 64):
-        monkeypatch.setattr(ggml, "threads", lambda count=count: count)
+        monkeypatch.setattr(ggml, "cores", lambda count=count: count)
         stored.append(encode(format, matrix))
     assert all(torch.equal(stored[0], other) for other in stored[1:])
 
@@ -209,7 +209,7 @@ def test_decoding_equals_ggml(format: str) -> None:
     block = TYPES[format]
     stored = np.random.default_rng(4).integers(0, 0x3C, 64 * block.nbytes, dtype=np.uint8)
     reference = np.empty(64 * block.size, np.float32)
-    suffix = format[:-1] + format[-1:] if format.endswith("_K") else format.lower()
+    suffix = format if format.endswith("_K") else format.lower()
     function = getattr(ggml.library(), "dequantize_row_" + (suffix[0].lower() + suffix[1:]))
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import edgeport
 from bench import bad_input
@@ -225,3 +226,14 @@ def test_the_gate_keeps_to_the_plan(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["said"] == found["highest"] <= room
+
+
+def test_vectors_alone_say_nothing_of_where_a_base_comes_from(base: Path, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Norms of models that have nothing in common are alike."""
+    tuned, stranger = tmp_path / "tuned", tiny_llama("stranger", seed=9)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data += 0.1
+    model.save_pretrained(tuned)
+    patch = edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "norms", full=True).output
+    receipt = edgeport.port(patch=patch, new_base=stranger, old_base=base, output=tmp_path / "out")
+    assert receipt.gate["verdict"] == "not assessed" and "the patch changes no matrix" in receipt.gate["reason"]

@@ -18,8 +18,10 @@ from edgeport.effect import measure, models, probe, share
 from edgeport.errors import BudgetTooSmall, CorruptCheckpoint, NonFiniteResult, NotACheckpoint, PatchLost, VerificationFailed
 from edgeport.locate import open_model
 from edgeport.manifest import hashes
+from edgeport.memory import MIB
 from edgeport.probe import probe_tokens
 from edgeport.probing import Job
+from tests.commands import child, ran
 from tests.conftest import TinyLlama, save_tokenizer
 from tests.test_adapter import save_patch
 from tests.test_lora_against_peft import save_base, save_grown
@@ -184,7 +186,7 @@ def test_a_text_of_one_s_own(base: Path, patch: Path, tmp_path: Path) -> None:
 def test_why_there_is_none(base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out.gguf", "to": "gguf", "quant": "Q8_0"}
     plan = edgeport.plan(**common)
-    assert plan.to_json()["probe"] == {"tokens": 256, "text": "packaged", "peak_ram_bytes": plan.probing.peak_bytes}
+    assert plan.to_json()["probe"] == {"tokens": 128, "text": "packaged", "peak_ram_bytes": plan.probing.peak_bytes}
     assert edgeport.plan(**common, probe=False).probing.skipped == "--no-probe"
     small = edgeport.plan(**common, max_ram="600MB").probing.skipped
     assert small is not None and "--max-ram is 572.2 MiB" in small
@@ -196,6 +198,36 @@ def test_why_there_is_none(base: Path, patch: Path, tmp_path: Path, monkeypatch:
     assert edgeport.plan(**common).probing.skipped == "base has no tokenizer.json to read a text with"
     monkeypatch.setattr(probing, "find_spec", lambda name: None)
     assert "transformers is not installed" in str(edgeport.plan(**common).probing.skipped)
+
+
+def test_the_command_probes_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
+    """Here transformers is loaded, and no port needs one."""
+    patch = save_patch(base, tmp_path / "patch", std=0.05)
+    quantized = edgeport.export(model=base, output=tmp_path / "quantized", to="hf", quant="nf4").output
+    argv = ["port", "--patch", str(patch), "--new-base", str(quantized), "-o", str(tmp_path / "out"), "--json", "--no-progress"]
+    told = json.loads(ran(child(argv)).stdout)["probe"]
+    assert "skipped" not in told and told["kept"] == pytest.approx(1, abs=0.2) and told["peak_ram_bytes"] > 200 * MIB
+
+
+def test_what_goes_wrong_in_a_probe_here_does_not_end_the_port(
+    base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process of its own."""
+    monkeypatch.setattr("edgeport.effect.measure", lambda *_: {}[0])
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", quant="nf4")
+    assert receipt.probe_skipped == "KeyError: 0"
+
+
+@pytest.mark.parametrize("adapter", ["text", 7, {}, {"path": None}])
+def test_a_manifest_that_tells_nonsense_of_its_adapter(adapter: Any, base: Path, patch: Path, tmp_path: Path) -> None:
+    output = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", sidecar=True).output
+    told = json.loads((output / "edgeport.json").read_text())
+    (output / "edgeport.json").write_text(json.dumps(told | {"adapter": adapter}))
+    if adapter == {}:
+        edgeport.compare(output, base, tokens=8)  # as of an output without one
+        return
+    with pytest.raises(CorruptCheckpoint, match="manifest of out does not say which adapter"):
+        edgeport.compare(output, base, tokens=8)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def tensors(folder: Path) -> Tensors:
     return load_file(folder / "model.safetensors")
 
 
-def changed(base: Path, folder: Path, change: dict[str, torch.Tensor], **config: Any) -> Path:
+def changed(base: Path, folder: Path, change: dict[str, torch.Tensor]) -> Path:
     """A copy of a model with something added to some of its weights."""
     model = AutoModelForCausalLM.from_pretrained(base)
     parameters = dict(model.named_parameters())
@@ -340,3 +342,46 @@ def test_memory_is_planned_and_kept(tmp_path: Path) -> None:
     assert facts["peak_above_import_bytes"] <= facts["predicted_peak_bytes"]
     plan = edgeport.api.plan_extraction(old_base=base, tuned=tuned, output=tmp_path / "next", max_ram=IMPORT_BYTES + 96 * MIB)
     assert plan.peak_ram_bytes <= IMPORT_BYTES + 96 * MIB
+
+
+def test_tables_that_one_side_does_not_store(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """BERT's positions are in old checkpoints, and GPT-2's mask; what is trained is missed on either side."""
+    base, name = tiny_llama(), "model.layers.0.mlp.up_proj.weight"
+    tuned = changed(base, tmp_path / "tuned", {name: noise(tensors(base)[name].shape, 1, rank=2)})
+    tables = {"embeddings.position_ids": torch.arange(128)[None], "h.0.attn.bias": torch.ones(1, 1, 8, 8),
+              "h.0.attn.masked_bias": torch.tensor(-1e4)}  # fmt: skip
+    for side in (base, tuned):
+        kept = tensors(side)
+        save_file(kept | tables, side / "model.safetensors", {"format": "pt"})
+        done = edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / f"from-{side.name}", rank=2)
+        assert [fact.weight for fact in done.changed] == [name]
+        save_file(kept, side / "model.safetensors", {"format": "pt"})
+    save_file(tensors(base) | {"h.0.attn.bias": torch.ones(8)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MissingTensor, match=r"h\.0\.attn\.bias, which tuned does not"):
+        edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "out")
+
+
+def test_settings_that_no_patch_holds_are_told(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, name = tiny_llama(), "model.layers.0.mlp.up_proj.weight"
+    tuned = changed(base, tmp_path / "tuned", {name: noise(tensors(base)[name].shape, 1, rank=2)})
+    assert not edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "alike", rank=2).notes
+    config = json.loads((tuned / "config.json").read_text())
+    config |= {"max_position_embeddings": 4096, "eos_token_id": 7}
+    (tuned / "config.json").write_text(json.dumps(config))
+    (note,) = edgeport.extract(old_base=base, tuned=tuned, output=tmp_path / "patch", full=True).notes
+    assert note.startswith("config.json has another max_position_embeddings in the tuned model, which no patch holds")
+
+
+@pytest.mark.parametrize("columns", [300, 1200])
+def test_the_room_of_a_wide_sketch_is_planned(columns: int) -> None:
+    """Of what LAPACK takes beside its tensors there is no trace in torch, so this is of a process."""
+    script = (
+        "import torch, edgeport.lowrank as lowrank, edgeport.memory as memory; torch.set_num_threads(1)\n"
+        f"matrix = torch.randn(1100, {columns})\n"
+        "torch.linalg.svd(torch.randn(64, 64, dtype=torch.float64)); memory.return_freed_blocks(); before = memory.peak_bytes()\n"
+        f"lowrank.row_space(lambda: [(range(1100), matrix)], {columns}, {columns} * 5 // 6, 'w')\n"
+        f"print(memory.peak_bytes() - before, lowrank.held_bytes(1100, {columns}, {columns} * 5 // 6))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    taken, planned = map(int, done.stdout.split())
+    assert taken <= planned + 24 * MIB

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import edgeport
 from converters.hf import asset_files
+from edgeport.errors import NotACheckpoint
 from edgeport.locate import open_model
 from tests.conftest import TinyLlama
 
@@ -98,3 +99,34 @@ def test_a_tied_model_stays_tied(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     edgeport.export(model=base, output=tmp_path / "out", to="hf")
     assert "lm_head.weight" not in open_model(tmp_path / "out").weights
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.tie_word_embeddings
+
+
+def test_what_transformers_would_load_is_read(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Of a sharded model beside an older file in torch's format it takes the shards."""
+    base, other = tiny_llama(), tiny_llama("other", seed=1)
+    sharded = edgeport.export(model=base, output=tmp_path / "sharded", to="hf", max_shard_size="60KB").output
+    torch.save(load_file(other / "model.safetensors"), sharded / "pytorch_model.bin")
+    assert same(state(sharded), state(base))
+    edgeport.export(model=sharded, output=tmp_path / "out", to="hf")
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors"))
+
+
+def test_tensors_that_are_not_stored_in_rows(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    (base / "model.safetensors").unlink()
+    torch.save({"a": torch.eye(4).to_sparse()}, base / "pytorch_model.bin")
+    with pytest.raises(NotACheckpoint, match=r"pytorch_model\.bin: a \(torch\.float32\) is not stored as one plain block"):
+        open_model(base)
+
+
+@pytest.mark.parametrize("shape", [[0], [4, 0], [0, 4], [1 << 47, 0]])
+def test_a_tensor_of_nothing(shape: list[int], tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama()
+    data = (base / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin]) | {"model.nothing": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[begin:])
+    for quant in (None, "bf16"):
+        out = edgeport.export(model=base, output=tmp_path / f"{quant}", to="hf", quant=quant).output
+        assert open_model(out).weights["model.nothing"].shape == tuple(shape)

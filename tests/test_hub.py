@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+import edgeport
 from bench.spoiling import factors, model, patch, port, run
 from edgeport.hub import FILES, called, left_out
 from tests.commands import child, content, ran
+from tests.conftest import TinyLlama
+from tests.test_adapter import save_patch
 
 NO_NETWORK = """
 import socket
@@ -26,6 +29,20 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 def test_local_folders_port_without_a_network(tmp_path: Path) -> None:
     ran(child(port(tmp_path), before=NO_NETWORK, HF_HUB_OFFLINE="0"))
     assert run(["verify", str(tmp_path / "out")]).code == 0
+
+
+def test_no_process_of_a_port_uses_the_network(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Neither the text that guides the rounding, nor the probe, nor a comparison afterwards."""
+    (tmp_path / "ban").mkdir()
+    (tmp_path / "ban" / "sitecustomize.py").write_text(NO_NETWORK)
+    base = tiny_llama()
+    lora = save_patch(base, tmp_path / "lora", std=0.05)
+    quantized = edgeport.export(model=base, output=tmp_path / "nf4", to="hf", quant="nf4").output
+    ban = {"PYTHONPATH": str(tmp_path / "ban"), "HF_HUB_OFFLINE": "0"}
+    argv = ["port", "--patch", str(lora), "--new-base", str(quantized), "-o", str(tmp_path / "out"), "--json", "--no-progress"]
+    told = json.loads(ran(child(argv, **ban)).stdout)
+    assert told["probe"]["kept"] > 0.5 and told["calibration"]["tokens"] > 0
+    ran(child(["verify", str(tmp_path / "out"), "--against", str(quantized), "--max-kl", "9"], **ban))
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

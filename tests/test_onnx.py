@@ -63,6 +63,8 @@ PRECISIONS: dict[str, tuple[dict[str, Any], int, float]] = {
     "int8": ({"quant": "int8"}, 8, 0.05),
     "int4": ({"quant": "int4"}, 4, 0.05),
     "int4, zero points": ({"quant": "int4", "asymmetric": True, "block_size": 16}, 4, 0.05),
+    "int4, head in int8": ({"quant": "int4", "output_tensor_type": "int8"}, 4, 0.05),
+    "int8, zero points": ({"quant": "int8", "asymmetric": True}, 8, 0.05),
     "int4, portable": ({"quant": "int4", "portable": True}, 4, 2e-6),
     "int8, portable": ({"quant": "int8", "portable": True, "block_size": 16}, 8, 2e-6),
 }
@@ -75,7 +77,7 @@ THOROUGH = [pytest.param(name, precision, marks=pytest.mark.slow)
 def test_logits_are_those_of_the_stored_numbers(name: str, precision: str, families: Families, tmp_path: Path) -> None:
     (folder, model), (options, bits, most) = families(name), PRECISIONS[precision]
     edgeport.export(model=folder, output=tmp_path / "out", to="onnx", **options)
-    weights = stored_weights(tmp_path / "out", model, bits)
+    weights = stored_weights(tmp_path / "out", model, bits, 8 if "output_tensor_type" in options else None)
     assert error(found(tmp_path / "out"), expected(model, weights)) < most
 
 

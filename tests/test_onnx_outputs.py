@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import edgeport
 from bench.bad_input import run
 from converters.onnx.installed import unknown
+from converters.onnx.precisions import PRECISIONS
 from edgeport.blocks import decode_rows
 from edgeport.errors import ConvertError, CorruptCheckpoint, EdgeportError
 from edgeport.locate import open_model
@@ -234,8 +235,17 @@ def test_verify_compares_what_the_graph_computes(tiny_llama: TinyLlama, tmp_path
     # by default on more tokens than this model has positions for
     long = run(["verify", str(tmp_path / "out"), "--against", str(base), "--json"])
     assert long.code == 0 and json.loads(long.output)["against"]["positions"] == 128
-    edgeport.export(model=base, output=tmp_path / "fp32", to="onnx", quant="fp32")
-    wrong = run(["verify", str(tmp_path / "fp32"), "--against", str(other), "--tokens", "100"])
+
+
+@pytest.mark.parametrize("quant", PRECISIONS)
+def test_each_precision_explains_so_much_and_no_more(quant: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base, other = tiny_llama(), tiny_llama("other", seed=1)
+    for folder in (base, other):  # so that they say something else of the next token
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] * 100}, folder / "model.safetensors", {"format": "pt"})
+    output = edgeport.export(model=base, output=tmp_path / "out", to="onnx", quant=quant).output
+    right, wrong = (run(["verify", str(output), "--against", str(one), "--tokens", "100", "--json"]) for one in (base, other))
+    assert right.code == 0 and json.loads(right.output)["against"]["tolerance"] == PRECISIONS[quant].tolerance
     assert wrong.code == 1 and "above the tolerance of its precision" in wrong.error
 
 

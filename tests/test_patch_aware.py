@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from edgeport.aside import converse
 from edgeport.calibration import TOKENS
 from edgeport.demo import ADAPTERS, packaged_model
 from edgeport.errors import NotACheckpoint, VerificationFailed
+from edgeport.grid import Gridded
 from edgeport.locate import open_model
 from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.probe import packaged_text, probe_tokens
@@ -31,6 +32,7 @@ from edgeport.rounding.stochastic import rounding as stochastic
 from edgeport.scratch import Place
 from edgeport.staging import Written
 from tests.conftest import TinyLlama
+from tests.streams import Live
 from tests.test_adapter import save_patch
 
 
@@ -287,3 +289,43 @@ def test_a_tight_budget_takes_less_of_the_text_and_says_so(tiny_llama: TinyLlama
     assert any(f"room for {tight.rule.tokens} of {TOKENS} tokens" in note for note in tight.notes)
     rules = [{step.rounding for step in plan.steps if step.edits} for plan in (plenty, tight, least)]
     assert rules == [{"patch-aware"}, {"patch-aware"}, {"stochastic"}]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (32, 1024)])
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_K"])
+def test_its_room_is_planned(format: str, rows: int, columns: int) -> None:
+    grid, target, _ = gridded(format, rows, columns)
+    inputs = torch.randn(256, columns).bfloat16()
+    drift = (0.01 * inputs.float()).bfloat16()
+    given = replace(seen(inputs), drift=lambda some: drift[:, some].T)
+    known = [grid.codes, grid.step, grid.offset, grid.levels, target, inputs, drift]
+    with Live(*(one for one in known if isinstance(one, torch.Tensor))) as live:
+        on_grid(rounding, grid, target, "w", 0, given)
+    scratch = cast(Gridded, codec("ggml")).grid_scratch + rounding.scratch(columns, 256) / rounding.pieces
+    planned = rows * columns * (1 + scratch) + rounding.held(columns, 256)
+    assert live.peak <= planned <= 4 * live.peak
+
+
+def test_a_text_that_breaks_off_on_its_way_does_not_mix_rules(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first weight another rule serves all of them; after it none would serve the rest as it did the first."""
+    base, patch = quantized_pair(tiny_llama, tmp_path)
+    heard = calibrate
+
+    def broken(after: int) -> Any:
+        def some(course: Course, watch: Any) -> Any:
+            for number, answer in enumerate(heard(course, watch)):
+                if number == after:
+                    raise VerificationFailed("the text is gone")
+                yield answer
+
+        return some
+
+    monkeypatch.setattr("edgeport.activations.calibrate", broken(3))
+    with pytest.raises(VerificationFailed, match=r"broke off on its way \(the text is gone\)"):
+        edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
+    monkeypatch.setattr("edgeport.activations.calibrate", broken(0))
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
+    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"stochastic"}
+    assert "no text was run through the model to guide the rounding: the text is gone" in receipt.notes

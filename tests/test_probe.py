@@ -26,6 +26,7 @@ from edgeport.errors import (
     UnsupportedArchitecture,
     VerificationFailed,
 )
+from edgeport.forward import bind
 from edgeport.tensor import Part, Weight
 
 SIZE = {
@@ -238,6 +239,12 @@ def test_damaged_weights_and_short_texts(llama: tuple[Folder, Any], tmp_path: Pa
     model.save_pretrained(tmp_path / "damaged")
     with pytest.raises(NonFiniteResult, match="damaged computes NaN"):
         probe.compare(source, converter.open(tmp_path / "damaged"), words())
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1.0
+        model.lm_head.weight[319] = float("nan")  # of a token that no text has
+    model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(NonFiniteResult, match="headless computes NaN"):
+        probe.compare(source, converter.open(tmp_path / "headless"), words())
     with pytest.raises(VerificationFailed, match="two tokens"):
         probe.compare(source, source, words(length=1))
     with pytest.raises(MissingTensor, match="no row for token 320"):
@@ -371,3 +378,24 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     # the modules themselves, without weights, take some KiB a layer; 12 layers of weights are 87 MiB in bfloat16
     assert own[16] - own[4] < (stored[16] - stored[4]) / 12
     assert own[16] < stored[16] / 4
+
+
+def test_texts_that_are_in_a_module_at_once(llama: tuple[Folder, Any]) -> None:
+    """As texts that take turns within a layer are: the first to leave it takes no buffer from the others."""
+    source, model = llama
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(64))
+
+        def forward(self, values: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+            if others is not None:
+                assert torch.equal(self(others), others * model.model.norm.weight)
+            return values * self.scale
+
+    module = Scaled()
+    bind(module, source, {"scale": source.weights["model.norm.weight"]}, table=False)
+    for _ in range(2):
+        assert torch.equal(module(torch.ones(64), 3 * torch.ones(64)), model.model.norm.weight)
+        assert torch.equal(module.scale, torch.ones(64))

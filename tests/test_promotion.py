@@ -112,3 +112,21 @@ def test_promotions_that_cannot_be(base: Path, patch: Path, tmp_path: Path) -> N
     with pytest.raises(ConvertError, match="no patched weight is stored in a format"):
         edgeport.plan(**common | {"quant": "f32"}, promote=True, max_size="1GB")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_patch_of_single_rows_is_seen(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Of a vocabulary's rows the sample rarely has the two that a patch changes."""
+    base = edgeport.export(model=tiny_llama(vocab=2048), output=tmp_path / "base.gguf", to="gguf", quant="Q4_0").output
+    model = tiny_llama("again", vocab=2048)
+    patch = save_patch(model, tmp_path / "tokens", target_modules=["q_proj"], trainable_token_indices=[301, 1177])
+    common: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out.gguf", "to": "gguf"}
+    plan = edgeport.plan(**common, promote=True, max_size="10MB")
+    assert "model.embed_tokens.weight" in {one.weight for one in plan.method.promoted}
+
+
+def test_where_no_finer_format_helps(base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeport.promotion.error", lambda step, plan: 0.0)
+    with pytest.raises(ConvertError, match="no finer format brings any patched weight nearer"):
+        edgeport.plan(
+            patch=patch, new_base=base, output=tmp_path / "out.gguf", to="gguf", quant="Q4_0", promote=True, max_size="1GB"
+        )

@@ -228,6 +228,31 @@ def test_a_process_above_its_budget_is_stopped(base: Path, patch: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_that_outgrows_its_budget_on_the_way_goes_on_with_a_larger_one(
+    base: Path, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def growing() -> int:
+        nonlocal looks
+        looks += 1
+        return 1 if looks <= 4 else IMPORT_BYTES * 10
+
+    job: dict[str, Any] = {"patch": patch, "new_base": base, "output": tmp_path / "out"}
+    before = set(tmp_path.iterdir())
+    for resume in (False, True):
+        looks = 0
+        monkeypatch.setattr(run, "peak_bytes", growing)
+        with pytest.raises(BudgetTooSmall, match="give a larger --max-ram"):
+            edgeport.port(**job, max_ram=IMPORT_BYTES * 8, resume=resume)
+        left = {path.name for path in set(tmp_path.iterdir()) - before}
+        assert left == ({".out.partial", ".out.journal"} if resume else set())
+    monkeypatch.setattr(run, "peak_bytes", lambda: 1)
+    receipt = edgeport.port(**job, max_ram=IMPORT_BYTES * 9, resume=True)
+    assert "4 of 20 weights were written before an interruption, and are as they were" in receipt.notes
+    edgeport.verify(tmp_path / "out")
+
+
 def test_whole_values_beside_an_old_base_that_keeps_more_rows_together(
     tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_tensors: Callable[[Path], dict[str, bytes]]
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgeport.demo.triage import OPTIONS, SPECIALTIES, Question, Split, accuracy_interval, questions
+from edgeport.demo.triage import SPECIALTIES, Question, Split, accuracy_interval, questions
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -38,7 +38,7 @@ def test_no_category_is_on_both_sides() -> None:
 @pytest.mark.parametrize(("count", "most"), [(400, 50), (75, 10)])
 def test_specialties_are_balanced(count: int, most: int) -> None:
     answers = [question.answer for question in questions("test", count)]
-    counts = {answers.count(answer) for answer in range(len(OPTIONS))}
+    counts = {answers.count(answer) for answer in range(len(SPECIALTIES))}
     assert len(answers) == count
     assert max(counts) == most
     assert max(counts) - min(counts) <= 1
@@ -52,15 +52,15 @@ def test_questions_are_distinct_and_short() -> None:
 
 
 def test_options_differ_early_and_continue_the_prompt() -> None:
-    assert all(option.startswith(" ") for option in OPTIONS)
-    assert len({option[:5] for option in OPTIONS}) == len(OPTIONS)
+    assert all(option.startswith(" ") for option in SPECIALTIES.values())
+    assert len({option[:5] for option in SPECIALTIES.values()}) == len(SPECIALTIES)
 
 
 def test_a_known_diagnosis_has_its_specialty() -> None:
     asked = [*questions("train", 2400), *questions("test", 400)]
     melanoma = [question for question in asked if "melanoma" in question.prompt]
     assert melanoma
-    assert {OPTIONS[question.answer] for question in melanoma} == {" oncology"}
+    assert {question.options[question.answer] for question in melanoma} == {" oncology"}
 
 
 def test_too_many_questions_are_refused() -> None:

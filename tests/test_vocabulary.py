@@ -95,3 +95,34 @@ def test_a_tokenizer_that_is_only_written_otherwise_is_no_news(tiny_llama: TinyL
     for text in (json.dumps(told), "{}", "no tokenizer"):
         (patch / "tokenizer.json").write_text(text)
         assert "tokenizer" not in plan_notes(base, patch, tmp_path / "out")
+
+
+def test_a_token_that_was_given_another_name_in_its_row(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """As Llama 3's reserved ones are: no row is new, and what the row says is."""
+    base = tiny_llama()
+    told = json.loads((base / "tokenizer.json").read_text())
+    row = told["added_tokens"][-1]["id"] + 30
+    old = next(text for text, number in told["model"]["vocab"].items() if number == row)
+    patch = save_patch(base, tmp_path / "patch", target_modules=["q_proj"], trainable_token_indices=[row])
+    told["model"]["vocab"] = {OWN[0] if text == old else text: number for text, number in told["model"]["vocab"].items()}
+    told["model"]["merges"] = [pair for pair in told["model"]["merges"] if old not in (*pair, "".join(pair))]
+    (patch / "tokenizer.json").write_text(json.dumps(told))
+    out = edgeport.port(patch=patch, new_base=base, old_base=base, output=tmp_path / "out")
+    assert (out.output / "tokenizer.json").read_bytes() == (patch / "tokenizer.json").read_bytes()
+    assert not any("tokenizer" in note for note in out.notes)
+    whole = save_patch(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    (whole / "tokenizer.json").write_text(json.dumps(told))
+    assert "which the patch brings no rows for" in plan_notes(base, whole, tmp_path / "next")
+
+
+def test_an_extracted_patch_brings_the_tokens_that_its_rows_are_of(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    base = with_room(tiny_llama)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    first = len(tokenizer)
+    tokenizer.add_tokens(OWN)
+    model.model.embed_tokens.weight.data[first : first + 2] += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    patch = edgeport.extract(old_base=base, tuned=tmp_path / "tuned", output=tmp_path / "patch", full=True).output
+    out = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out").output
+    assert pieces(base) > pieces(patch) == pieces(out) == 1

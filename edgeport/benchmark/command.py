@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgeport import api
@@ -15,10 +16,11 @@ from edgeport.benchmark.page import page
 from edgeport.benchmark.questions import read_questions
 from edgeport.benchmark.results import Results
 from edgeport.benchmark.score import read_text
-from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, Say
+from edgeport.benchmark.suite import FOLDER_QUANTS, Bench, Case, Evolution, Precision, Say
 from edgeport.benchmark.tasks import TASKS, asked
+from edgeport.checkpoint import read_json
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.errors import OutputExists, UnknownName
+from edgeport.errors import CorruptCheckpoint, MissingExtra, OutputExists, UnknownName
 from edgeport.gate import gate
 from edgeport.places import staging_path
 from edgeport.staging import claimed
@@ -27,6 +29,10 @@ PRECISIONS = ("bf16", "Q8_0", "Q4_K_M")
 SUITES = {"triage": "the demo's model, evolution and patch; ICD-10-CM triage to 8 departments"}
 FILES = ("results.json", "results.md", "results.html")
 WORK = "models"
+RUNNERS = {
+    "hf": (("transformers", "hf"),), "gguf": (("llama_cpp", "gguf"),), "onnx": (("onnxruntime", "onnx"),),
+}  # fmt: skip
+"""By container the modules that ask its models, with the extras that bring them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +104,17 @@ def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | 
 
 
 def parsed(quants: Sequence[str]) -> list[Precision]:
-    """Each once, in whatever letters. Raises UnknownName."""
+    """Each once, in whatever letters. Raises UnknownName, and MissingExtra for one that nothing here can ask."""
     each: dict[str, Precision] = {}
     for precision in map(Precision.parse, quants or PRECISIONS):
         each.setdefault(precision.name.lower(), precision)
+    for precision in each.values():
+        needs = [*RUNNERS.get(precision.container, ())]
+        if precision.container == "hf" and precision.quant.lower() in FOLDER_QUANTS:
+            needs += [("accelerate", "hf"), ("bitsandbytes", "bnb")]
+        for module, extra in needs:
+            if find_spec(module) is None:
+                raise MissingExtra(f"{module} is to ask {precision.name} and not installed: pip install 'edgeport[{extra}]'")
     return list(each.values())
 
 
@@ -117,6 +130,16 @@ def check_output(output: Path, overwrite: bool) -> None:
     present = [name for name in FILES if (output / name).exists()]
     if present and not overwrite:
         raise OutputExists(f"{output} has {', '.join(present)} already; give another -o or --overwrite")
+    if present and not is_ours(output / FILES[0]):
+        raise OutputExists(f"the {present[0]} in {output} is nothing that edgeport bench wrote; it is not overwritten")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether these are results of a benchmark."""
+    try:
+        return read_json(path).keys() >= {"format", "machines", "rows"}
+    except (OSError, CorruptCheckpoint):
+        return False
 
 
 def emptied(folder: Path) -> None:
@@ -141,8 +164,9 @@ def working(output: Path) -> Iterator[Path]:
             finally:
                 emptied(folder)
     except BaseException:
-        for folder in anew:
-            folder.rmdir()
+        with suppress(OSError):  # something else has come into one
+            for folder in anew:
+                folder.rmdir()
         raise
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeport.benchmark.runner import STEM, Judged, Pack, Tree, groups, opened
 from edgeport.errors import EdgeportError, NotACheckpoint, need
+from edgeport.memory import cores
 from edgeport.quiet import silence
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Session:
 def threads() -> int:
     """OMP_NUM_THREADS where it is set, or the cores that the process may use."""
     told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+    return int(told) if told.isdigit() and int(told) else cores()
 
 
 def open_runner(path: Path) -> LlamaRunner:

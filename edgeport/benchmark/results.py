@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeport import __version__
 from edgeport.demo.triage import Z_95, accuracy_interval
-from edgeport.memory import in_words
+from edgeport.memory import cores, in_words
 from edgeport.report import table
 
 FORMAT = 2
@@ -47,7 +47,8 @@ class Row:
     negative_flips: int | None = None
     """Questions that the tuned old base (else the port in the first precision) answers right, and this model wrong."""
     kl: float | None = None
-    """Mean KL in nats from the port in the first precision to this model, of the token after each of the first 256 prompts."""
+    """Mean KL in nats from the port in the first precision to this model, of the token after each of the first 256 prompts that
+    are followed by one of several options."""
     gain_kept: float | None = None
     """(this - evolved base) / (re-tuned - evolved base) in accuracy, bases in the first precision; None where the questions do
     not tell the latter from none."""
@@ -196,7 +197,7 @@ def machine() -> dict[str, Any]:
     lines = facts.read_text().splitlines() if facts.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "processor": model, "cores": len(os.sched_getaffinity(0)), "system": platform.system(),
+        "processor": model, "cores": cores(), "system": platform.system(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "versions": versions(),
     }  # fmt: skip
 

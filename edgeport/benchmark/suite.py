@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeport.benchmark.questions import Asked, gold, read_questions, to_json, write_questions
+from edgeport.benchmark.questions import Asked, gold, to_json, write_questions
 from edgeport.benchmark.results import EVOLVED, OLD, PORTED, REFIT, TUNED, Row, with_gain_kept
 from edgeport.demo import child
 from edgeport.errors import EdgeportError, UnknownName
@@ -97,8 +98,10 @@ class Bench:
     def measure(self, evolution: Evolution, cases: Sequence[Case]) -> Iterator[Row]:
         """All rows of an evolution."""
         for case in cases:
-            if not self.questions(case).exists() or read_questions(self.questions(case)) != list(case.questions):
-                write_questions(self.questions(case), case.questions)
+            # whole at once: other processes may ask the same
+            anew = self.questions(case).with_suffix(f".{os.getpid()}")
+            write_questions(anew, case.questions)
+            anew.replace(self.questions(case))
         reference = self.precisions[0]
         found: list[Row] = []
         todo = [(PORTED, reference), *((EVOLVED, one) for one in self.precisions)]

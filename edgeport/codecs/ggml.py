@@ -9,7 +9,6 @@ gguf-py decodes; libggml-base encodes, so that the bytes are those of llama-quan
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from edgeport.errors import (
     UnknownName,
     need,
 )
+from edgeport.memory import cores
 from edgeport.seams import Peek
 from edgeport.tensor import Part, TensorSpec, Weight
 
@@ -215,7 +215,7 @@ def _quantize(format: str, matrix: Tensor, importance: Tensor | None) -> Tensor:
 
     ggml.ggml_quantize_init(block.id)
     largest = max(abs(bound.item()) for bound in source.aminmax())
-    if not largest < LARGEST or not all(_share(work, rows, threads())):
+    if not largest < LARGEST or not all(_share(work, rows, cores())):
         raise NonFiniteResult(
             f"a value of {largest:.4g} overflows {format}'s scales; use --quant bf16 or f32"
         )
@@ -230,11 +230,6 @@ def _share(work: Callable[[range], bool], rows: int, workers: int) -> list[bool]
         return [work(some) for some in ranges]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, ranges))
-
-
-def threads() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -68,7 +68,9 @@ class Plain:
                 f"{weight.format} numbers can be copied and not computed with; "
                 "edgeport computes with F64, F32, F16 and BF16"
             )
-        return parts["data"].view(torch_type(weight.format)).view(-1, weight.columns).float()
+        values = parts["data"].view(torch_type(weight.format))
+        # without columns there are no bytes to tell how many rows these are, and none is looked at
+        return (values.view(-1, weight.columns) if weight.columns else values.view(0, 0)).float()
 
     def encode(self, weight: Weight, matrix: Tensor, importance: Tensor | None) -> Mapping[str, Tensor]:
         import torch

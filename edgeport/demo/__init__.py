@@ -100,10 +100,9 @@ def show(folder: Path, *, overwrite: bool, watch: bool) -> Report:
         ("ported, BF16 GGUF", "ported-bf16.gguf", [*onto, "--to", "gguf"], True),
         ("ported, Q8_0", "ported-Q8_0.gguf", [*onto, "--to", "gguf", "--quant", "Q8_0"], True),
         ("ported, Q4_K_M", "ported-Q4_K_M.gguf", [*onto, "--to", "gguf", "--quant", "Q4_K_M"], True),
-        # the probe of the same patch on the same base has been seen above
-        ("ported, ONNX int8", "ported-int8", [*onto, "--to", "onnx", "--quant", "int8", "--no-probe"], True),
+        ("ported, ONNX int8", "ported-int8", [*onto, "--to", "onnx", "--quant", "int8"], True),
         ("ported, ONNX int4, head int8", "ported-int4",
-         [*onto, "--to", "onnx", "--quant", "int4", "--output-tensor-type", "int8", "--no-probe"], True),
+         [*onto, "--to", "onnx", "--quant", "int4", "--output-tensor-type", "int8"], True),
     ]  # fmt: skip
     rows = []
     for model, file, command, runs in jobs:

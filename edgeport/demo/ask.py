@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeport.demo.triage import Question, questions
 from edgeport.errors import need
-from edgeport.memory import peak_bytes
+from edgeport.memory import cores, peak_bytes
 from edgeport.quiet import silence
 
 COUNT = 400
@@ -40,7 +40,7 @@ def ask_onnx(model: Path, asked: Sequence[Question]) -> list[int]:
     for question in asked:
         prompts.append(tokenizer.encode(question.prompt, add_special_tokens=False).ids)
         firsts.append([tokenizer.encode(option, add_special_tokens=False).ids[0] for option in question.options])
-    runner = Runner(model, threads=len(os.sched_getaffinity(0)))
+    runner = Runner(model, threads=cores())
     order = sorted(range(len(asked)), key=lambda index: len(prompts[index]))
     answers = [-1] * len(asked)
     for start in range(0, len(order), ONNX_SEQUENCES):
@@ -89,7 +89,7 @@ def settings(llama: Any) -> Any:
     parameters = llama.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = BATCH_TOKENS
     parameters.n_seq_max, parameters.kv_unified = SEQUENCES, True
-    parameters.n_threads = parameters.n_threads_batch = len(os.sched_getaffinity(0))
+    parameters.n_threads = parameters.n_threads_batch = cores()
     return parameters
 
 

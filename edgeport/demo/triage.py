@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from edgeport.errors import need
+
 Split = Literal["train", "test"]
 
 # ICD-10-CM chapter to option. An option begins with the space that follows the prompt; the first tokens
@@ -29,7 +31,6 @@ SPECIALTIES = {
     "13": " orthopedics",
     "15": " obstetrics",
 }
-OPTIONS = tuple(SPECIALTIES.values())
 PROMPT = "Diagnosis: {}\nDepartment:"
 LONGEST_TEXT = 100  # characters; keeps a prompt under 60 tokens
 TEST_SHARE = 0.3  # of each chapter's categories
@@ -95,7 +96,7 @@ def _groups(split: Split, chapters: tuple[str, ...]) -> dict[str, list[list[str]
     # Imported here, because that parses 10 MB of XML; it reads them in a deprecated way.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        import simple_icd_10_cm as icd  # type: ignore[import-untyped]
+        icd = need("simple_icd_10_cm", "demo")
 
     categories = {
         (chapter, category): [

@@ -43,6 +43,10 @@ class Rounding(Protocol):
         """Temporary bytes an element of a piece, for inputs of so many tokens."""
         ...
 
+    def held(self, columns: int, tokens: int) -> int:
+        """Bytes beside the pieces, whatever rows these have."""
+        ...
+
     def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None) -> Tensor:
         """uint8 [rows, columns]: a code of the grid for every value of float32 `target` [rows, columns].
 

@@ -25,6 +25,9 @@ class Nearest:
     def scratch(self, columns: int, tokens: int) -> float:
         return 8.0
 
+    def held(self, columns: int, tokens: int) -> int:
+        return 0
+
     def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None = None) -> Tensor:
         return grid.nearest(target)
 

@@ -59,6 +59,10 @@ class PatchAware:
         # the codes and what draws them; the outputs on every token; a batch of columns in 13 float32 matrices
         return 2.0 + chance.scratch(columns, tokens) / chance.pieces + (4.0 * tokens + 52.0 * COLUMNS) / max(columns, 1)
 
+    def held(self, columns: int, tokens: int) -> int:
+        # the moments of all batches; of one batch the inputs, their transpose's product and the drift, in float32
+        return 4 * COLUMNS * (columns + COLUMNS + 3 * tokens)
+
     def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None) -> Tensor:
         import torch
 

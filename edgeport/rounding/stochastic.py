@@ -26,6 +26,9 @@ class Stochastic:
     def scratch(self, columns: int, tokens: int) -> float:
         return 32.0
 
+    def held(self, columns: int, tokens: int) -> int:
+        return 0
+
     def codes(self, grid: Grid, target: Tensor, draws: str | None, first: int, inputs: Inputs | None = None) -> Tensor:
         assert draws is not None
         low, _, fraction = grid.bracket(target)
