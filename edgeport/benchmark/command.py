@@ -29,10 +29,8 @@ PRECISIONS = ("bf16", "Q8_0", "Q4_K_M")
 SUITES = {"triage": "the demo's model, evolution and patch; ICD-10-CM triage to 8 departments"}
 FILES = ("results.json", "results.md", "results.html")
 WORK = "models"
-RUNNERS = {
-    "hf": (("transformers", "hf"),), "gguf": (("llama_cpp", "gguf"),), "onnx": (("onnxruntime", "onnx"),),
-}  # fmt: skip
-"""By container the modules that ask its models, with the extras that bring them."""
+RUNNERS = {"hf": ("transformers", "hf"), "gguf": ("llama_cpp", "gguf"), "onnx": ("onnxruntime", "onnx")}
+"""By container the module that asks its models, with the extra that brings it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def parsed(quants: Sequence[str]) -> list[Precision]:
     for precision in map(Precision.parse, quants or PRECISIONS):
         each.setdefault(precision.name.lower(), precision)
     for precision in each.values():
-        needs = [*RUNNERS.get(precision.container, ())]
+        needs = [RUNNERS[precision.container]] if precision.container in RUNNERS else []
         if precision.container == "hf" and precision.quant.lower() in FOLDER_QUANTS:
             needs += [("accelerate", "hf"), ("bitsandbytes", "bnb")]
         for module, extra in needs:
