@@ -126,20 +126,12 @@ def test_scratch_is_what_is_published() -> None:
         assert live.peak / count <= bound
 
 
-@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
-def test_gptqmodel_itself_packs_and_dequantizes_alike() -> None:
-    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
-
-    tensors = random_layer((96, 128), 32)
-    values = dequantized(tensors, 32)
-    layer = AwqTorchLinear(
-        bits=4, group_size=32, sym=False, desc_act=False, in_features=128, out_features=96, bias=False, register_buffers=True
-    )
-    linear = torch.nn.Linear(128, 96, bias=False)
-    linear.weight.data = values
-    layer.pack(linear, tensors["scales"].float().t(), unpacked(tensors["qzeros"]).t().float())
-    weight = awq.lay_out("m", (96, 128), Grouping(32))
-    assert torch.equal(awq.codec.decode(weight, parts_of(weight, {role: getattr(layer, role) for role in weight.parts})), values)
+def test_what_gptqmodel_itself_packed() -> None:
+    packed_layer = load_file(Path(__file__).parent / "data" / "packed_with_gptqmodel.safetensors")
+    weight = awq.lay_out("m", (32, 64), Grouping(32))
+    values = awq.codec.decode(weight, parts_of(weight, {role: packed_layer[f"awq-4.{role}"] for role in weight.parts}))
+    # the package reads in float16
+    assert torch.equal(values.half(), packed_layer["awq-4.weight"].t())
 
 
 # ---------------------------------------------------------------- folders
