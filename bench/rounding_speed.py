@@ -37,7 +37,8 @@ def measure(format: str, columns: int, device: str, repeats: int) -> list[dict[s
     owner = codec(FORMATS[format])
     weight = owner.layout("model.layers.0.mlp.up_proj.weight", (max(BLOCK_ELEMENTS // columns // 32, 1) * 32, columns), format)
     base = torch.randn(weight.rows, columns, device=device) * 0.02
-    parts = encode_rows(weight, base)
+    # ggml's encoder works on the CPU alone
+    parts = {role: data.to(device) for role, data in encode_rows(weight, base).items()}
     grid = owner.grid(weight, parts)  # type: ignore[attr-defined]
     target = grid.values() + torch.randn(weight.rows, columns, device=device) * (0.02 * CHANGE)
     inputs = torch.randn(TOKENS, columns, device=device).bfloat16()

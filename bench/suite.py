@@ -29,7 +29,7 @@ from typing import Any
 from bench.pages import page_text
 from edgeport.benchmark.command import facts, written
 from edgeport.benchmark.results import EVOLVED, MODELS, OLD, PORTED, TUNED, Results, Row, share, with_gain_kept
-from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, completed
+from edgeport.benchmark.suite import Bench, Case, Evolution, Precision, completed, finished_rows
 from edgeport.benchmark.tasks import TASKS, asked
 from edgeport.demo import ADAPTERS, child, packaged_model
 from edgeport.memory import in_words
@@ -126,7 +126,7 @@ def measure(key: str, arguments: argparse.Namespace) -> list[Row]:
         cases = [one for name in names if (one := case(name, key, arguments))]
         wanted = [Precision.parse(quant) for quant in quants if not arguments.quant or quant in arguments.quant]
         if cases and wanted:
-            rows += Bench(folder, wanted, text, ["--offline"], say, work / "journal.jsonl").measure(evolution, cases)
+            rows += Bench(folder, wanted, text, ["--offline"], say, journal=work / "journal.jsonl").measure(evolution, cases)
     return [row for row in rows if not arguments.patch_seed or row.model not in (OLD, EVOLVED)]
 
 
@@ -146,7 +146,7 @@ def merged(parts: Iterable[Sequence[Row]]) -> list[Row]:
 
 def journaled(journal: Path, questions: int) -> list[Row]:
     """Every finished row, of tasks too that are not. The old base's serve all evolutions that have read the same text."""
-    found = [(json.loads(key)[-1], Row(**row)) for key, row in map(json.loads, journal.read_text().splitlines())]
+    found = [(json.loads(key)[-1], row) for key, row in finished_rows(journal)]
     found = [one for one in found if one[1].total == questions]
     readers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for text, row in found:
@@ -203,6 +203,9 @@ def united(parts: Sequence[Results], command: str) -> Results:
         machines += [one for one in part.machines if one not in machines]
     rows = merged([replace(row, machine=machines.index(part.machines[row.machine])) for row in part.rows] for part in parts)
     known = {one["name"]: one for part in parts for one in part.tasks}
+    asked = {(one["name"], one["questions"], part.seed) for part in parts for one in part.tasks}
+    if len(asked) > len(known):
+        raise SystemExit("the parts are of other questions (another --seed, or another number of them); only models may differ")
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     chosen = [known[name] for name in TASKS if name in known]
     return Results(command, chosen, parts[0].seed, rows, notes, machines)

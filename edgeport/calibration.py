@@ -11,7 +11,7 @@ from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any
 
 from edgeport.aside import converse, within
-from edgeport.errors import VerificationFailed
+from edgeport.errors import BrokenOff, VerificationFailed
 from edgeport.memory import IMPORT_BYTES, MIB
 from edgeport.probing import PROCESS_BYTES, Job, hindered, scores_bytes, window_bytes, window_length
 from edgeport.registry import roundings
@@ -124,24 +124,25 @@ class Activations:
         """Every step, in the order in which they are to be taken, with its layer's inputs if its rule wants to see them.
 
         A step is to be carried out before the next is asked for, since the text goes on through what is `written`; those
-        `done` are so already. Raises VerificationFailed where the user insists on a calibrated rule, CorruptCheckpoint,
-        NonFiniteResult.
+        `done` are so already. Raises VerificationFailed where the user insists on a calibrated rule, BrokenOff,
+        CorruptCheckpoint, NonFiniteResult.
         """
         waiting = {step.target.name: step for step in steps if sees_inputs(step) and step.target.name not in done}
         for step in steps:
             if step.target.name not in waiting:
                 yield step, None
         if waiting:
-            for weight, place in self.heard(steps, list(waiting), written):
+            begun = any(sees_inputs(step) and step.target.name in done for step in steps)
+            for weight, place in self.heard(steps, list(waiting), written, begun):
                 step = waiting.pop(weight)
                 yield step, self.inputs(step, place, device)
         for step in waiting.values():
             yield step, None
 
     def heard(
-        self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written]
+        self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written], begun: bool
     ) -> Iterator[tuple[str, Place]]:
-        """Each of the weights that a text comes to, and where its layer's inputs are."""
+        """Each of the weights that a text comes to, and where its layer's inputs are. `begun`: others have seen theirs."""
         from edgeport.activations import Course, calibrate
 
         plan = self.plan
@@ -157,10 +158,11 @@ class Activations:
             self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
         for answer in self.answers:
             if isinstance(answer, str):
-                if self.peak_bytes:
-                    raise VerificationFailed(
+                if self.peak_bytes or begun:
+                    without = f"give --rounding {UNCALIBRATED}" if plan.patches else "leave off --calibration"
+                    raise BrokenOff(
                         f"the text that guides the rounding broke off on its way ({answer}), and the weights after it would be "
-                        f"rounded otherwise; start again, or give --rounding {UNCALIBRATED}"
+                        f"rounded otherwise; start again (a run with --resume goes on from here), or {without}"
                     )
                 self.unable = answer
                 wanted = plan.method.rounding

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from edgeport.blocks import as_tensor
-from edgeport.errors import BudgetTooSmall, UnknownName
+from edgeport.errors import BudgetTooSmall, DeviceFailed, UnknownName
 from edgeport.memory import in_words
 
 if TYPE_CHECKING:
@@ -83,14 +83,41 @@ def opened(device: str, upload_bytes: int, download_bytes: int, limit: int | Non
         return
     import torch
 
-    torch.cuda.reset_peak_memory_stats()
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, capped(limit):
-        try:
+    with unable(limit), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        torch.cuda.reset_peak_memory_stats()
+        with capped(limit):
             yield CudaLane(reader, writer, pinned(upload_bytes), pinned(download_bytes))
-        except torch.cuda.OutOfMemoryError as error:
-            allowed = f"--max-vram {in_words(limit)}" if limit is not None else "what the device has free"
-            reason = str(error).splitlines()[0]
-            raise BudgetTooSmall(f"a block does not fit {allowed} ({reason}); give another --max-vram") from error
+
+
+def wake(device: str) -> None:
+    """Make a CUDA device's context, whose host memory is a library's and no block's. Raises DeviceFailed."""
+    if device == "cpu":
+        return
+    import torch
+
+    with unable(None):
+        torch.ones(1, device=device).add_(1).item()
+
+
+@contextmanager
+def unable(limit: int | None) -> Iterator[None]:
+    """Tell in a sentence what a CUDA device refuses. Raises BudgetTooSmall, DeviceFailed."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        allowed = f"--max-vram {in_words(limit)}" if limit is not None else "what the device has free"
+        raise BudgetTooSmall(f"a block does not fit {allowed} ({first_line(error)}); give another --max-vram") from error
+    except RuntimeError as error:
+        # no class of its own: a device that is full before torch allocates, that this torch is not built for, or that is gone
+        if not any(told in str(error) for told in ("CUDA error", "CUDA driver", "CUBLAS_STATUS")):
+            raise
+        raise DeviceFailed(f"the CUDA device cannot be used ({first_line(error)}); give --device cpu") from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
 
 
 @contextmanager

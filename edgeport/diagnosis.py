@@ -12,7 +12,7 @@ from edgeport.drift import Item, Sums, compared
 from edgeport.errors import ShapeMismatch, TargetMissing, about
 from edgeport.gate import REFUSED, UNKNOWN, WITHOUT_OLD, Verdict, judge, vocabulary_notes
 from edgeport.hub import called
-from edgeport.matching import collect_edits, final_shape, with_ties
+from edgeport.matching import adapted_config, check_order, collect_edits, final_shape, with_ties
 from edgeport.registry import codec
 from edgeport.run import compute
 from edgeport.seams import Patch, Source
@@ -60,7 +60,7 @@ class Diagnosis:
 def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagnosis:
     """Compare every row of every patched weight. A patch that does not fit the new base is a verdict, not an error.
 
-    Raises what makes a file unreadable, and UnsupportedPatch.
+    Raises what makes a file unreadable, or a base, an old base or a patch at odds with itself or the others.
     """
     import torch
 
@@ -69,13 +69,17 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
         return Diagnosis(names, called(new.path), called(old.path) if old else None, verdict, weights, kept)
 
     try:
-        work = with_ties(new, collect_edits(new, patches, old))
-        items = [(name, weight, edits) for name, weight, edits in work if edits]
-        with torch.no_grad():
-            found = dict(compared(new, old, items, whole=True))
-            kept = {item[0]: share for item in items if (share := survival(new, item)) is not None}
+        edits = collect_edits(new, patches, None)
     except (TargetMissing, ShapeMismatch) as error:
         return told(Verdict(REFUSED, str(error)), {}, {})
+    edits = collect_edits(new, patches, old) if old else edits
+    work = with_ties(new, edits)
+    check_order(edits, patches)
+    adapted_config(new, work)
+    items = [(name, weight, todo) for name, weight, todo in work if todo]
+    with torch.no_grad():
+        found = dict(compared(new, old, items, whole=True))
+        kept = {item[0]: share for item in items if (share := survival(new, item)) is not None}
     verdict = judge(found, items, vocabulary_notes(new, old)) if old else Verdict(UNKNOWN, WITHOUT_OLD)
     return told(verdict, found, kept)
 

@@ -6,8 +6,9 @@ EdgeportError                     for users: one sentence, the CLI prints it and
 |                                 NonFiniteResult, PatchLost
 |-- CodecError                    BlockMismatch, DecodeOnly, AmbiguousFormat
 |-- ConvertError                  UnsupportedArchitecture, UnmappedTensor
-|-- OutputError                   OutputExists, IncompleteOutput, VerificationFailed, NotResumable, NotEnoughDisk,
-|                                 BudgetTooSmall
+|-- OutputError                   OutputExists, IncompleteOutput, VerificationFailed, NotResumable, BrokenOff,
+|                                 NotEnoughDisk, BudgetTooSmall
+|-- DeviceFailed                  a CUDA device that is there and does not work
 `-- UnknownName                   a registry miss: the nearest match and the known names
 PlanViolation(RuntimeError)       a converter wrote what it had not planned: a bug of ours, with its traceback
 MissingExtra(ImportError)         an optional package is absent: the sentence says what to install
@@ -132,6 +133,10 @@ class NotResumable(OutputError):
     """An interrupted run was of other inputs, or was told otherwise."""
 
 
+class BrokenOff(OutputError):
+    """A process of ours ended before its work, as another program's hunger for memory ends it; the same run would go on."""
+
+
 class NotEnoughDisk(OutputError):
     """The plan needs more disk than there is."""
 
@@ -142,6 +147,10 @@ class BudgetTooSmall(OutputError):
     """The plan does not fit the memory it was given."""
 
     exit_code = 4
+
+
+class DeviceFailed(EdgeportError):
+    """A CUDA device cannot be used."""
 
 
 class UnknownName(EdgeportError):

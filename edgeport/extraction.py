@@ -18,6 +18,7 @@ from typing import Any
 from edgeport import lowrank
 from edgeport.checkpoint import safetensors_bytes
 from edgeport.errors import BudgetTooSmall, UnknownName, UnsupportedPatch, about
+from edgeport.manifest import stamps
 from edgeport.memory import ALLOWANCE_BYTES, IMPORT_BYTES, in_words
 from edgeport.pair import Both, matched
 from edgeport.patches import dense
@@ -89,6 +90,8 @@ class ExtractionPlan:
     """Whether the tuned model's tokenizer has other tokens than the old base's."""
     settings: tuple[str, ...]
     """What its config.json says otherwise, of what decides what a model computes."""
+    stamps: Mapping[str, Sequence[int]]
+    """Of the inputs' files, from before their headers were read."""
 
     @property
     def bytes_in(self) -> int:
@@ -200,6 +203,7 @@ def plan_extraction(
     old: Source, tuned: Source, keep: Keep, output: Path, limits: Limits, overwrite: bool = False
 ) -> ExtractionPlan:
     """Match, check and cut. Raises every error that headers show; creates no file."""
+    stamped = stamps([*old.files, *tuned.files])
     pairs, output = matched(old, tuned), through_links(output)
     check_output(output, True, overwrite)
     if tuned.config.get("model_type") in TURNED_MODELS and not keep.full:
@@ -219,7 +223,7 @@ def plan_extraction(
     check_disk(output, len(header) + sum(spec.nbytes for spec in likely) + DISK_SLACK_BYTES)
     return ExtractionPlan(
         old, tuned, keep, output, limits, changes, len(header), size, overwrite, other_tokens(old, tuned),
-        settings_changed(old.config, tuned.config),
+        settings_changed(old.config, tuned.config), stamped,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from edgeport.extraction import (
     widest,
 )
 from edgeport.hub import called
-from edgeport.manifest import check_unchanged, described, in_background, stamps, write_record
+from edgeport.manifest import check_unchanged, described, in_background, write_record
 from edgeport.memory import ALLOWANCE_BYTES, metered, peak_bytes, return_freed_blocks, trim_heap
 from edgeport.pair import Both, block_of, blocks
 from edgeport.patches import dense
@@ -96,7 +96,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
     file = Appended(plan.file, plan.room)
     with torch.no_grad(), claimed(plan.output), metered() as meter:
         check_output(plan.output, True, plan.overwrite)
-        before = stamps([*plan.old.files, *plan.tuned.files])
+        check_unchanged(plan.stamps)
         inputs = in_background(partial(described, {"old_base": plan.old, "tuned": plan.tuned}))
         with staged(plan.output, [file.layout], True, plan.overwrite) as staging:
             facts = []
@@ -111,7 +111,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
                     f"{called(plan.tuned.path)} has the same weights as {called(plan.old.path)}; there is nothing to extract"
                 )
             file.close(staging)
-            write_companions(plan, facts, file, staging.folder)
+            write_companions(plan, facts, staging.folder)
             meter.peak = peak_bytes()
             done = Extraction(
                 plan.output, dense.KIND if plan.keep.full else LORA, {file.layout.name: file.end}, plan.bytes_in, tuple(facts),
@@ -119,7 +119,7 @@ def extract(plan: ExtractionPlan, *, progress: Progress = silent, command: Seque
                 tuple(notes_on(plan, facts)),
             )  # fmt: skip
             told = inputs.result()
-            check_unchanged(before)
+            check_unchanged(plan.stamps)
             write_record(staging.folder, MANIFEST, told, command, record(plan, done, told))
     return done
 
@@ -261,7 +261,7 @@ def whole_name(name: str, file: Appended) -> str:
     return f"{PEFT_PREFIX}{module}{inside}.{leaf}"
 
 
-def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], file: Appended, folder: Path) -> None:
+def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], folder: Path) -> None:
     """The adapter's config, and the tokenizer where it has tokens that the old base's has not."""
     if plan.grown or plan.tokens:
         with TemporaryDirectory(dir=folder) as scratch:

@@ -145,8 +145,8 @@ def made(config: Mapping[str, Any], make: Callable[..., Model], what: str) -> Mo
         described = transformers.AutoConfig.for_model(fields.pop("model_type", "none at all"), **fields)
         with parameters_without_memory():
             model = make(described, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, strict) as error:
-        # of settings that are missing, of another kind, or 0
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, strict) as error:
+        # of settings that are missing, of another kind, beyond each other, or 0
         told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = " ".join(told.split())[:120]
         raise UnsupportedArchitecture(

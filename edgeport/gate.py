@@ -33,7 +33,7 @@ HAD = 0.5
 MUCH = 1.0
 """`read` of all weights above which the new base has changed what the patch reads more than the patch has."""
 PASS, WARN, REFUSED, FORCED, UNKNOWN = "pass", "warn", "refused", "forced", "not assessed"
-WITHOUT_OLD = "names, shapes and vocabulary fit; without --old-base nothing tells whether the new base comes from the old one"
+WITHOUT_OLD = "names and shapes fit; without --old-base nothing tells whether the new base comes from the old one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,11 @@ def judge(found: Mapping[str, Sums], items: Sequence[Item], notes: Sequence[str]
     total = sum(found.values(), Sums()).figures()
     cosines = {name: cosine for name in matrices if (cosine := found[name].figures()["cosine"]) is not None}
     drift = f"the new base has drifted by {total['drift'] or 0:.1%} of the old one's norm in the weights that the patch changes"
+    told = had(total["along"] or 0)
     if not cosines:
-        return Verdict(UNKNOWN, f"{drift}, and the patch changes no matrix, by which alone related models are told from others")
+        what = "changes matrices of zeros alone" if matrices else "changes no matrix"
+        untold = f"{drift}, and the patch {what}, where only matrices tell related models from others"
+        return Verdict(UNKNOWN, "; ".join([untold, *notes, *filter(None, [told])]))
     if median(cosines.values()) < UNRELATED:
         return Verdict(
             REFUSED,
@@ -67,14 +70,20 @@ def judge(found: Mapping[str, Sums], items: Sequence[Item], notes: Sequence[str]
             f"{len(loose)} of {len(cosines)} matrices have been trained nearly anew (cosine below {LOOSE}: {', '.join(loose[:3])}"
             f"{' ...' if len(loose) > 3 else ''})"
         )
-    along = total["along"] or 0
-    if abs(along) > HAD:
-        has = "has moved along the patch" if along > 0 else "has moved against the patch"
-        warnings.append(f"the new base {has} by {abs(along):.0%} of it, as if it {'had it already' if along > 0 else 'undid it'}")
+    if told:
+        warnings.append(told)
     read = total["read"] or 0
     met = f", and by {read:.2g} times the patch in the directions that it reads" if read else ""
     met += "; that is more than the patch itself, so measure what it still does (edgeport bench)" if read > MUCH else ""
     return Verdict(WARN if warnings or read > MUCH else PASS, "; ".join([drift + met, *warnings]))
+
+
+def had(along: float) -> str:
+    """That the new base has moved along the patch or against it, where it has."""
+    if abs(along) <= HAD:
+        return ""
+    way, seems = ("along", "had it already") if along > 0 else ("against", "undid it")
+    return f"the new base has moved {way} the patch by {abs(along):.0%} of it, as if it {seems}"
 
 
 def gate(plan: Plan, force: bool) -> Verdict:

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeport.errors import BudgetTooSmall, CorruptCheckpoint, EdgeportError, NotResumable, OutputExists, PatchLost
+from edgeport.calibration import may_see
+from edgeport.errors import BrokenOff, BudgetTooSmall, CorruptCheckpoint, EdgeportError, NotResumable, OutputExists, PatchLost
 from edgeport.manifest import WeightFact, fingerprint, versions
 from edgeport.places import journal_path, staging_path
 from edgeport.staging import Written
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 Read = Callable[[TensorSpec, int, int], bytes | bytearray]
 PIECE_BYTES = 1 << 20
 ANEW = "leave off --resume to start anew"
-MENDED = (OutputExists, BudgetTooSmall, PatchLost)
-"""What can be moved away, or had with other limits or --force, by a run that writes the same."""
+MENDED = (OutputExists, BrokenOff, BudgetTooSmall, PatchLost)
+"""What can be moved away, or had again, with other limits or with --force, by a run that writes the same."""
 
 
 @dataclass(slots=True)
@@ -104,7 +105,8 @@ def dependencies(plan: Plan, steps: Sequence[Step]) -> dict[str, Any]:
         "command": {
             # in their order: whole values take the place of what came before them
             "method": plan.method.to_json(), "patches": [[str(patch.path.resolve()), patch.scale] for patch in plan.patches],
-            "steps": digest_of(steps), "tokens": plan.rule.tokens, "device": plan.limits.device,
+            "steps": digest_of(steps), "tokens": plan.rule.tokens if may_see(steps, plan.rule) else 0,
+            "device": plan.limits.device,
             "files": [[one.name, one.size, *(hashlib.sha256(blob).hexdigest() for _, blob in one.blobs)] for one in plan.files],
         },
     }  # fmt: skip
@@ -128,7 +130,13 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise NotResumable(f"{Path(changed[0]).name if changed else 'a base'} has changed since the run was interrupted; {ANEW}")
     if before.get("versions") != now["versions"]:
         raise NotResumable(f"the interrupted run was of other versions of edgeport or its libraries; {ANEW}")
-    if before.get("command") != now["command"]:
+    told = before.get("command")
+    if isinstance(told, dict) and told | {"tokens": 0} == now["command"] | {"tokens": 0} and told != now["command"]:
+        raise NotResumable(
+            f"the interrupted run read {told.get('tokens')} tokens of text, and this one would read {now['command']['tokens']}; "
+            f"give the --max-ram of before, or {ANEW}"
+        )
+    if told != now["command"]:
         raise NotResumable(f"the interrupted run was told otherwise (another --quant, --rounding, scale ...); {ANEW}")
 
 

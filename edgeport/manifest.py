@@ -58,6 +58,7 @@ class Receipt:
     seconds: float
     peak_ram_bytes: int
     peak_above_import_bytes: int
+    device: str
     peak_vram_bytes: int
     predicted_peak_bytes: int
     coverage: Mapping[str, int]
@@ -93,6 +94,7 @@ class Receipt:
             "seconds": round(self.seconds, 3),
             "peak_ram_bytes": self.peak_ram_bytes,
             "peak_above_import_bytes": self.peak_above_import_bytes,
+            "device": self.device,
             "peak_vram_bytes": self.peak_vram_bytes,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "survival": self.survival,
@@ -136,7 +138,8 @@ def hashes(paths: Iterable[Path]) -> dict[str, str]:
 
 def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
     """Size and time of change of files, by path: what tells another file without reading it."""
-    return {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+    # a link by its own name, so that another that takes its place is noticed, however its folder was told
+    return {str(path.parent.resolve() / path.name): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def check_unchanged(before: Mapping[str, Sequence[int]]) -> None:

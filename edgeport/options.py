@@ -27,7 +27,7 @@ Portable = Annotated[bool, typer.Option("--portable", help="Plain ONNX operators
 Provider = Annotated[str | None, typer.Option(help="cpu or cuda: what the graph is made for (onnx; default cpu).")]
 Rounding = Annotated[str, typer.Option(help="How values become codes: auto, nearest, stochastic or patch-aware.")]
 MaxRam = Annotated[str | None, typer.Option(help="Most memory of the whole process, such as 2GB; enforced.")]
-MaxVram = Annotated[str | None, typer.Option(help="Most device memory, such as 1GB; enforced.")]
+MaxVram = Annotated[str | None, typer.Option(help="Most device memory of tensors, such as 1GB; enforced.")]
 KeepFormat = Annotated[bool, typer.Option("--keep-format", help="Insist on the base's number formats (the default is to try).")]
 SEMANTICS_HELP = "delta: add every change to the new base; operator: put values that the patch holds whole in its place."
 Semantics = Annotated[str | None, typer.Option(help=SEMANTICS_HELP)]

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 
 from edgeport.checkpoint import read_json
 from edgeport.errors import CorruptCheckpoint, NotEnoughDisk, OutputExists, UnknownName
@@ -40,6 +39,12 @@ def replaced_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.replaced")
 
 
+def put_aside(output: Path) -> bool:
+    """Whether a run broke off while it put the old output aside. """
+    replaced = replaced_path(output)
+    return replaced.is_dir() and not replaced.is_symlink()
+
+
 def half_placed(output: Path) -> list[str]:
     """Files beside each other that a run which broke off at its very end has put in place, and not yet their manifest."""
     place = staging_path(output)
@@ -62,8 +67,8 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
         raise OutputExists(f"the folder {output.parent} for the output is not writable")
     if os.path.ismount(output):
         raise OutputExists(f"{output} is a mount point, which nothing can take the place of; give a folder inside it")
-    if replaced_path(output).is_dir():
-        return  # a run broke off while it put the old output aside: who claims the place takes it back, and looks again
+    if put_aside(output):
+        return  # who claims the place takes it back, and looks again
     broken_off = half_placed(output)
     # also a link that leads nowhere, as to a disk that is not mounted, or to itself
     places = (path for path in (output, manifest_path(output, folder)) if path.name not in broken_off)
@@ -77,6 +82,8 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
     if not ours or (output.exists() and output.is_dir() != folder):
         what = "folder" if output.is_dir() else "file"
         raise OutputExists(f"{output} is a {what} that edgeport did not write; it is not overwritten")
+    if folder and output.is_dir() and not os.access(output, os.W_OK):
+        raise OutputExists(f"{output} is not writable, so that nothing can take its place")
     others = sorted(entries(output) - entries_of(owned(output, folder))) if folder and output.is_dir() else []
     if others:
         raise OutputExists(f"{output / others[0]} is nothing that edgeport wrote; move it away, or give another -o")
@@ -84,7 +91,7 @@ def check_output(output: Path, folder: bool, overwrite: bool) -> None:
 
 def check_files(output: Path, files: Sequence[FileLayout], folder: bool, overwrite: bool) -> None:
     """No other file stands where one of a split set goes. Raises OutputExists."""
-    if replaced_path(output).is_dir():
+    if put_aside(output):
         return
     broken_off = half_placed(output)
     places = [output.with_name(file.name) for file in files if not folder and file.name not in broken_off]
@@ -102,7 +109,12 @@ def owned(output: Path, folder: bool) -> set[str]:
     names = listed(manifest_path(output, folder))
     if folder:
         return set(names)
-    return {name for name in map(os.path.basename, names) if name.startswith(output.stem) and name.endswith(output.suffix)}
+    return {name for name in map(os.path.basename, names) if is_named_as(output, name)}
+
+
+def is_named_as(output: Path, name: str) -> bool:
+    """Whether an output, or one file of a set, has that name."""
+    return name.startswith(output.stem) and name.endswith(output.suffix)
 
 
 def listed(manifest: Path) -> Sequence[str]:
@@ -113,6 +125,8 @@ def listed(manifest: Path) -> Sequence[str]:
 
 def check_handles(files: Sequence[FileLayout]) -> None:
     """All files of an output are open at once. Raises UnknownName where that is more than the system allows."""
+    from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit  # which Windows lacks: it has a sentence of its own
+
     most = getrlimit(RLIMIT_NOFILE)[0]
     if most != RLIM_INFINITY and len(files) + SPARE_HANDLES > most:
         raise UnknownName(

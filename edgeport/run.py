@@ -14,14 +14,14 @@ from edgeport import journal as journals
 from edgeport.beside import write_adapter
 from edgeport.blocks import arrange, check_finite, decode_parts, encode_rows, known, padded, ranges, read_parts
 from edgeport.calibration import Activations, sees_inputs
-from edgeport.device import Lane, opened, packed_bytes
+from edgeport.device import Lane, opened, packed_bytes, wake
 from edgeport.errors import BudgetTooSmall, PatchLost, PlanViolation, about
 from edgeport.gate import Verdict, gate
 from edgeport.grid import Gridded, Rescalable
 from edgeport.journal import Journal
 from edgeport.manifest import Receipt, WeightFact, check_unchanged, described, hashes, in_background, named, write_manifest
 from edgeport.memory import ALLOWANCE_BYTES, Meter, in_words, metered, peak_bytes, resident_bytes, return_freed_blocks, trim_heap
-from edgeport.places import check_output
+from edgeport.places import check_files, check_output
 from edgeport.planning import Plan
 from edgeport.probing import carry_out, job_of
 from edgeport.registry import codec, roundings
@@ -65,10 +65,12 @@ def run(
         metered() as meter,
     ):  # fmt: skip
         check_output(plan.target.output, plan.sink.folder, plan.overwrite)
+        check_files(plan.target.output, plan.files, plan.sink.folder, plan.overwrite)
         verdict = gate(plan, force)
         steps = tuple(settled(step, plan.source, plan.rule) for step in plan.steps)
+        wake(plan.limits.device)
         check_budget(plan.limits)
-        meter.before = resident_bytes()  # with the libraries of formats, which are in use by now
+        meter.before = resident_bytes()  # with the libraries of formats and devices, which are in use by now
         check_unchanged(plan.stamps)
         journal = journals.opened(plan, steps, resume)
         return stream(plan, steps, activations, journal, verdict, began, meter, progress=progress, force=force, command=command)
@@ -288,7 +290,7 @@ def make_receipt(
         bytes_out=plan.bytes_out, facts=facts, seconds=seconds, peak_ram_bytes=peak, peak_above_import_bytes=above,
         peak_vram_bytes=vram, predicted_peak_bytes=plan.peak_above_import_bytes + ALLOWANCE_BYTES, coverage=coverage,
         method=plan.method.to_json(), gate=verdict.to_json(), notes=notes,
-        adapter=plan.adapter.to_json() if plan.adapter else None, calibration=activations.to_json(),
+        adapter=plan.adapter.to_json() if plan.adapter else None, calibration=activations.to_json(), device=plan.limits.device,
     )  # fmt: skip
 
 

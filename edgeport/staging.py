@@ -18,9 +18,11 @@ from edgeport.places import (
     check_files,
     check_output,
     half_placed,
+    is_named_as,
     journal_path,
     manifest_path,
     owned,
+    put_aside,
     replaced_path,
     staging_path,
 )
@@ -209,7 +211,8 @@ def staged(
     finally:
         staging.close()
         if not done:  # else the place may be the next run's by now
-            take_back(output)
+            with suppress(OutputExists):  # it stays aside, and the next run says so
+                take_back(output)
             if not kept:
                 journal_path(output).unlink(missing_ok=True)
                 shutil.rmtree(place, ignore_errors=True)
@@ -217,19 +220,28 @@ def staged(
 
 def take_back(output: Path) -> None:
     """Undo a commit that broke off, if there is one: what it was to replace stands where it stood. After a whole one that
-    goes for good."""
+    goes for good. Raises OutputExists where anything of anybody else's is in the way."""
     place, replaced, record = staging_path(output), replaced_path(output), manifest_path(output, False).name
     for name in half_placed(output):
         os.replace(output.with_name(name), place / name)
-    if replaced.is_symlink() or not replaced.is_dir():
+    if not os.path.lexists(replaced):
         return
-    if (replaced / output.name).is_dir():
-        whole = os.path.lexists(output)
-    else:
-        whole = output.with_name(record).exists() and not (place / record).exists()
-    for path in [] if whole else sorted(replaced.iterdir()):
-        os.replace(path, output.with_name(path.name))
+    if not put_aside(output) or any(path.name != record and not is_named_as(output, path.name) for path in replaced.iterdir()):
+        raise OutputExists(f"{replaced} is nothing that a run into {output} has left there; move it away")
+    old = sorted(replaced.iterdir())
+    finished = manifest_path(output, (replaced / output.name).is_dir())
+    if not finished.is_file() or (place / finished.name).exists():
+        others = [path.name for path in old if os.path.lexists(output.with_name(path.name))]
+        if others:
+            raise OutputExists(
+                f"{output.with_name(others[0])} has come where an interrupted run had put the old output aside, into {replaced}; "
+                "move one of them away"
+            )
+        for path in old:
+            os.replace(path, output.with_name(path.name))
     shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        raise OutputExists(f"{replaced}, which the last run into {output} has replaced, cannot be removed; remove it yourself")
 
 
 def sweep(place: Path, files: Iterable[str]) -> None:

@@ -210,10 +210,11 @@ def cut(
     chosen = rounding_of(origin, target, edits, rule)
     possible = rule.on_grid(target) if chosen == AUTO else chosen
     held = sum(edit.held_bytes for edit in edits) + finishing_bytes(target)
-    held += input_bytes(target, edits, possible, rule.tokens)
+    rows_seen = rule.tokens + directions_of(edits)
+    held += input_bytes(target, edits, possible, rows_seen)
     granule = common_granule(origin, target)
     least = min(-(-LEAST_ROWS // granule) * granule, target.rows) if edits else granule
-    rounding = rounding_bytes(origin, target, possible, rule.tokens)
+    rounding = rounding_bytes(origin, target, possible, rows_seen)
     each_host, each_device = (
         each(origin, target, edits, rounding) for each in (host_bytes if allowed.cuda else compute_bytes, device_bytes)
     )
@@ -244,22 +245,25 @@ def finishing_bytes(target: Weight) -> int:
     return owner.held_bytes(target) if isinstance(owner, Finishing) else 0
 
 
-def input_bytes(target: Weight, edits: Sequence[Edit], rounding: str, tokens: int) -> int:
+def directions_of(edits: Sequence[Edit]) -> int:
+    """That the patches read, beside a text's tokens."""
+    return sum(edit.rank for edit in edits if isinstance(edit, LowRankEdit))
+
+
+def input_bytes(target: Weight, edits: Sequence[Edit], rounding: str, rows: int) -> int:
     """Where the rule sees the layer's inputs: these and the directions that the patch reads, in bfloat16; the latter's
-    factors in float32, made orthogonal; and what the rule makes of it all."""
+    factors in float32, made orthogonal; and what the rule makes of all `rows`."""
     if rounding == NEAREST or not (rule := roundings()[rounding]).calibrated:
         return 0
-    directions = sum(edit.rank for edit in edits if isinstance(edit, LowRankEdit))
-    rows = tokens + directions
-    return (2 * rows + 3 * FLOAT_BYTES * directions) * target.columns + rule.held(target.columns, rows)
+    return (2 * rows + 3 * FLOAT_BYTES * directions_of(edits)) * target.columns + rule.held(target.columns, rows)
 
 
-def rounding_bytes(origin: Weight, target: Weight, rounding: str, tokens: int) -> float:
+def rounding_bytes(origin: Weight, target: Weight, rounding: str, rows: int) -> float:
     """Bytes an element while codes are chosen on a grid, beside both matrices: the bytes in, the grid, codes in and out."""
     if rounding == NEAREST:
         return 0.0
     chosen = roundings()[rounding]
-    scratch = cast(Gridded, codec(target.codec)).grid_scratch + chosen.scratch(target.columns, tokens) / chosen.pieces
+    scratch = cast(Gridded, codec(target.codec)).grid_scratch + chosen.scratch(target.columns, rows) / chosen.pieces
     return (origin.nbytes + target.nbytes) / max(target.elements, 1) + GRID_BYTES + scratch
 
 

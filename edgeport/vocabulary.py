@@ -51,10 +51,12 @@ def tokenizer_files(
                 taken |= files
             else:
                 other = sorted(dict(theirs.items() ^ ours.items()))
+                brought = "whose rows it brings, and for which the base has other names"
+                brought = brought if trained(own, new, new) else "which the patch brings no rows for"
                 notes.append(
                     f"the tokenizer beside {called(patch.path)} has other tokens than the new base's ({', '.join(other[:3])}"
-                    f"{' ...' if len(other) > 3 else ''}), which the patch brings no rows for; the base's is kept, so copy the "
-                    "other into the output if it is meant"
+                    f"{' ...' if len(other) > 3 else ''}), {brought}; the base's is kept, so copy the other into the output "
+                    "if it is meant"
                 )
     return taken, notes
 

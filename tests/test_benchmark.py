@@ -99,7 +99,7 @@ def test_what_the_journal_holds_is_not_measured_again(tmp_path: Path, monkeypatc
     bench = Bench(tmp_path, [precision], journal=tmp_path / "journal.jsonl")
     command, right = ["export", "old"], [True, False, True]
     known = [entry(command, precision, case), asdict(row("old base", "bf16", right))]
-    (tmp_path / "journal.jsonl").write_text(json.dumps(known) + "\n")
+    (tmp_path / "journal.jsonl").write_text(json.dumps(known) + "\n" + json.dumps(known)[:40])  # one was cut off
     (found,) = bench.one("another", [case], "old base", precision, command)
     assert found == replace(row("old base", "bf16", right), evolution="another")
 
@@ -128,7 +128,7 @@ def test_only_ports_are_compared_with_the_first(tmp_path: Path, monkeypatch: pyt
     def answered(command: Sequence[str], input: str, **_: Any) -> Any:
         (task,) = json.loads(input)["tasks"]
         asked.append("keep" if task["keep"] else "against" if task["against"] else "neither")
-        found = {"tasks": [{"right": [True] * 3, "kl": None, "seconds": 0.0}], "peak_ram_bytes": 1, "perplexity": None}
+        found = {"tasks": [{"right": [True] * 3, "kl": None, "seconds": 0.0, "peak_ram_bytes": 1}], "perplexity": None}
         return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
 
     monkeypatch.setattr("edgeport.benchmark.suite.child", made)
@@ -294,6 +294,28 @@ def test_a_failure_on_the_way_keeps_its_code_and_leaves_nothing(
     assert not list((tmp_path / "out").iterdir())
     assert run(*own, "--quant", "Q8_0", "-o", tmp_path / "a" / "deep" / "place").exit_code == 4
     assert not (tmp_path / "a").exists()
+
+
+def test_a_precision_that_fails_on_the_way_is_told_and_the_others_stay(
+    own: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Bench.one
+
+    def some(self: Bench, evolution: str, cases: Any, model: str, precision: Precision, command: Any) -> Any:
+        if model == PORTED and precision.name == "Q4_0":
+            raise EdgeportError("rounding keeps nothing of it")
+        return one(self, evolution, cases, model, precision, command)
+
+    monkeypatch.setattr(Bench, "one", some)
+    done = run(*own, "--quant", "Q8_0", "--quant", "Q4_0")
+    assert done.exit_code == 0, done.stderr
+    found = Results.read(tmp_path / "out" / "results.json")
+    assert [(row.model, row.precision) for row in found.rows] == [
+        (PORTED, "Q8_0"), ("evolved base", "Q8_0"), ("evolved base", "Q4_0")
+    ]  # fmt: skip
+    assert list(found.notes) == ["ported, Q4_0: rounding keeps nothing of it"]
+    assert found.notes[0] in (tmp_path / "out" / "results.md").read_text()
+    assert run(*own, "--quant", "Q4_0", "--overwrite").exit_code == 1  # the reference
 
 
 def test_a_killed_run_leaves_nothing_and_another_s_models_go(own: list[str | Path], tmp_path: Path) -> None:

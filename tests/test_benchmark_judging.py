@@ -17,8 +17,8 @@ from edgeport.benchmark.folder import positions
 from edgeport.benchmark.harness import check_arguments, check_greedy, rolling, shortened
 from edgeport.benchmark.llama import BATCH_TOKENS
 from edgeport.benchmark.questions import BadQuestions, Choice, Generation
-from edgeport.benchmark.runner import Tree, groups, open_runner
-from edgeport.benchmark.score import answers, divergence, pair, perplexity, same, tree
+from edgeport.benchmark.runner import Runner, Tree, groups, open_runner
+from edgeport.benchmark.score import answers, check_vocabulary, divergence, pair, perplexity, same, tree
 from edgeport.errors import ConvertError, EdgeportError, NonFiniteResult, UnknownName
 from edgeport.locate import open_model
 from edgeport.probe import open_tokenizer
@@ -42,6 +42,11 @@ def naive(folder: Path, question: Choice) -> tuple[list[float], np.ndarray[Any, 
     return found, logs[start - 1].numpy()
 
 
+def whole(runner: Runner, question: Choice) -> Tree:
+    """With what all options begin with, which a choice leaves to the prompt."""
+    return pair(runner, question.prompt, *question.options)
+
+
 @pytest.fixture
 def models(tiny_llama: TinyLlama) -> dict[str, Path]:
     """One model in every container, in float32."""
@@ -59,7 +64,7 @@ def in_every_container(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
 def test_options_are_judged_as_by_one_forward_pass_each(container: str, models: dict[str, Path]) -> None:
     runner = open_runner(models[container])
-    judged = list(runner.judge([tree(runner, question) for question in CHOICES]))
+    judged = list(runner.judge([whole(runner, question) for question in CHOICES]))
     for question, one in zip(CHOICES, judged, strict=True):
         expected, first = naive(models["hf"], question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=2e-2, rtol=1e-3)
@@ -73,7 +78,7 @@ def test_a_prompt_longer_than_the_sliding_window(tiny_llama: TinyLlama) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     long = replace(CHOICES[0], prompt="the patch is added to the base, one block")
     runner = open_runner(folder)
-    for question, one in zip([long, *CHOICES], runner.judge([tree(runner, each) for each in (long, *CHOICES)]), strict=True):
+    for question, one in zip([long, *CHOICES], runner.judge([whole(runner, each) for each in (long, *CHOICES)]), strict=True):
         expected, first = naive(folder, question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-4)
         np.testing.assert_allclose(one.first, first, atol=1e-4)
@@ -120,7 +125,7 @@ def test_models_that_would_mix_the_texts_of_a_row(kind: str, tiny_llama: TinyLla
     randomize(model, 0, std=0.5)
     model.save_pretrained(folder)
     runner = open_runner(folder)
-    for question, one in zip(CHOICES, runner.judge([tree(runner, question) for question in CHOICES]), strict=True):
+    for question, one in zip(CHOICES, runner.judge([whole(runner, question) for question in CHOICES]), strict=True):
         expected, first = naive(folder, question)
         np.testing.assert_allclose(one.loglikelihoods, expected, atol=1e-3)
         np.testing.assert_allclose(one.first, first, atol=1e-3)
@@ -191,6 +196,35 @@ def test_an_answer_that_could_never_be_the_likeliest(container: str, models: dic
     with pytest.raises(BadQuestions, match=r"' added to the base' begins with the tokens of the option ' added', which no model"):
         tree(runner, Choice("the patch is", options, 0))
     assert len(tree(runner, Choice("the patch is", options, 1)).branches) == 3
+
+
+@pytest.mark.parametrize("container", ["hf", "gguf", "onnx"])
+def test_what_all_options_begin_with_is_no_part_of_the_choice(container: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """What is compared between models is the first token that they differ in: before it all are of one mind."""
+    runner = open_runner(models[container])
+    options = (" the base", " the patch", " the model")
+    question = Choice("added to", options, 1)
+    longer, found = whole(runner, question), tree(runner, question)
+    assert len(found.prompt) > len(longer.prompt)
+    assert [[*found.prompt, *one] for one in found.branches] == [[*longer.prompt, *one] for one in longer.branches]
+    assert len({branch[0] for branch in found.branches}) > 1
+    one, other = (next(runner.judge([each])) for each in (longer, found))
+    order = np.argsort(one.loglikelihoods)
+    assert (order == np.argsort(other.loglikelihoods)).all()
+    expected = next(runner.judge([Tree(found.prompt, [found.branches[0]])])).first
+    assert other.first == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_onnx_graph_s_logits_are_taken_in_pieces(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives those of every token, of which long prompts and large vocabularies make gigabytes."""
+    trees = [Tree([5, 6, 7, 8, 9, 10, 11], [[1, 2, 3], [4], [1, 5]]), Tree([3], [[2, 2, 2, 2], [7, 1]])]
+    whole = list(open_runner(models["onnx"]).judge(trees))
+    monkeypatch.setattr("edgeport.benchmark.onnx.LOGITS_BYTES", 4 * 300 * 3)
+    runner = open_runner(models["onnx"])
+    assert 1 < runner.room < 7  # type: ignore[attr-defined]
+    for one, other in zip(whole, runner.judge(trees), strict=True):
+        assert other.loglikelihoods == pytest.approx(one.loglikelihoods, abs=1e-4) and other.greedy == one.greedy
+        assert other.first == pytest.approx(one.first, abs=1e-4)
 
 
 def test_a_prompt_is_cut_at_its_begin_where_the_harness_would() -> None:
@@ -376,8 +410,9 @@ def test_divergence_by_hand(tmp_path: Path) -> None:
     with path.open("rb") as file:
         assert divergence(file, Judged(unheard - 1, [], [])) == pytest.approx(2.0)
     path.write_bytes(reference.tobytes())
-    with path.open("rb") as file, pytest.raises(EdgeportError, match="4 tokens"):
-        divergence(file, Judged(np.zeros(4, np.float32), [], []))
+    for tokens in (2, 4):
+        with path.open("rb") as file, pytest.raises(EdgeportError, match=f"{tokens} tokens"):
+            check_vocabulary(file, 1, Judged(np.zeros(tokens, np.float32), [], []))
 
 
 @pytest.mark.parametrize(("text", "right"), [(" 34\n35", True), ("34", True), ("\n 34", True), (" 345", False), ("", False)])

@@ -37,7 +37,8 @@ def test_a_codec_stores_and_reads_the_same_bits(name: str, format: str) -> None:
     for role, data in here.items():
         differ = (there[role].cpu() != data).float().mean()
         assert differ <= 1e-3, (role, float(differ))
-    decoded = owner.decode(weight, {role: data.cuda() for role, data in here.items()})
+    # bitsandbytes' state is read where it was made
+    decoded = owner.decode(weight, {role: data if role == "state" else data.cuda() for role, data in here.items()})
     assert decoded.is_cuda and torch.equal(decoded.cpu(), owner.decode(weight, here))
 
 
@@ -63,6 +64,14 @@ def values(model: Path) -> dict[str, torch.Tensor]:
     return {name: decode_rows(source, weight, range(weight.rows)) for name, weight in source.weights.items()}
 
 
+def differing(here: torch.Tensor, there: torch.Tensor, rounding: str) -> float:
+    """The share of values that are others, to the share that may be."""
+    if rounding == "patch-aware":
+        # the inputs' last bits differ, and with them scales' last bits and what the descent finds
+        return float((~torch.isclose(here, there, rtol=1e-2, atol=1e-6)).float().mean()) / 0.1
+    return float((here != there).float().mean()) / 2e-3
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "patch-aware"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_port_is_the_cpus_but_for_ties(quant: str, rounding: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
@@ -72,7 +81,7 @@ def test_a_port_is_the_cpus_but_for_ties(quant: str, rounding: str, tiny_llama: 
     patch = save_patch(plain, tmp_path / "patch")
     receipts = {
         device: edgeport.port(
-            patch=patch, new_base=places["base"], output=places[device], device=device, rounding=rounding,
+            patch=patch, new_base=places["base"], output=places[device], to=QUANTS[quant], device=device, rounding=rounding,
             max_vram="256MiB", force=True, probe=False,
         )
         for device in ("cpu", "cuda")
@@ -80,10 +89,8 @@ def test_a_port_is_the_cpus_but_for_ties(quant: str, rounding: str, tiny_llama: 
     assert receipts["cpu"].peak_vram_bytes == 0 < receipts["cuda"].peak_vram_bytes <= 256 * MIB
     here, there = values(places["cpu"]), values(places["cuda"])
     assert here.keys() == there.keys()
-    # the inputs' last bits differ, and with them what the descent finds
-    most = 0.1 if rounding == "patch-aware" else 2e-3
     for name, matrix in here.items():
-        assert float((matrix != there[name]).float().mean()) <= most, name
+        assert differing(matrix, there[name], rounding) <= 1, name
     if receipts["cpu"].survival:
         assert receipts["cuda"].survival["mean"] == pytest.approx(receipts["cpu"].survival["mean"], abs=0.02)
 
@@ -102,8 +109,7 @@ def test_scales_that_are_made_anew_on_the_cpu(quant: str, rounding: str, tiny_ll
         for device in ("cpu", "cuda")
     }  # fmt: skip
     here, there = values(ports["cpu"]), values(ports["cuda"])
-    most = 0.1 if rounding == "patch-aware" else 2e-3
-    assert all(float((matrix != there[name]).float().mean()) <= most for name, matrix in here.items())
+    assert all(differing(matrix, there[name], rounding) <= 1 for name, matrix in here.items())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -22,7 +22,7 @@ from edgeport import device, memory, run
 from edgeport.blocks import ranges
 from edgeport.checkpoint import Stored
 from edgeport.codecs.plain import codec as plain
-from edgeport.errors import BudgetTooSmall, UnknownName
+from edgeport.errors import BudgetTooSmall, DeviceFailed, UnknownName
 from edgeport.memory import MIB
 from edgeport.patches import edits
 from edgeport.steps import VRAM_FIXED_BYTES, Limits, Step, block_budget, cut
@@ -112,6 +112,19 @@ def test_device_bytes_keep_to_the_plan(
     peak = counted([step], monkeypatch)
     assert 0 < peak <= step.vram_bytes
     assert vram is None or VRAM_FIXED_BYTES + step.vram_bytes <= vram
+
+
+@pytest.mark.parametrize("told", ["no kernel image is available for execution on the device", "out of memory"])
+def test_a_device_that_does_not_work_is_told_of_in_a_sentence(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError(f"CUDA error: {told}\nCUDA kernel errors might be asynchronously reported at some other API call")
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", failing)
+    expected = pytest.raises(DeviceFailed, match=r"cannot be used \(CUDA error: .*\); give --device cpu")
+    with expected, device.opened("cuda", 1, 1, None):
+        pass
+    with pytest.raises(ZeroDivisionError), device.unable(None):
+        1 / 0  # noqa: B018
 
 
 def test_two_patches_keep_to_the_plan_and_the_plan_is_not_wasteful(monkeypatch: pytest.MonkeyPatch) -> None:

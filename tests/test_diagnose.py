@@ -115,6 +115,24 @@ def test_an_unrelated_base_is_refused(sidecar: bool, base: Path, patch: Path, ti
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_a_verdict_is_of_the_new_base_alone(base: Path, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """A patch at odds with itself, or an old base that it is not of, is a mistake to a diagnosis as to a port."""
+    patch = save_patch(base, tmp_path / "patch")
+    wider = tiny_llama("wider", hidden=160)
+    odd = save_patch(base, tmp_path / "odd")
+    config = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 9}}))
+    whole = save_patch(base, tmp_path / "whole", target_modules=["v_proj"], modules_to_save=["q_proj"])
+    for given, old in (([odd], None), ([patch], wider), ([patch, whole], None)):
+        job = ["--new-base", str(base), *(["--old-base", str(old)] if old else [])]
+        job += [word for one in given for word in ("--patch", str(one))]
+        answers = [bad_input.run(["diagnose", *job]), bad_input.run(["port", *job, "-o", str(tmp_path / "out")])]
+        assert [answer.code for answer in answers] == [1, 1], answers
+        assert answers[0].error == answers[1].error
+    job = ["--new-base", str(wider), "--patch", str(patch)]
+    assert bad_input.run(["diagnose", *job]).code == 3
+
+
 def test_a_sample_and_all_rows_say_the_same(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base = tiny_llama(hidden=160)
     patch = save_patch(base, tmp_path / "patch", std=0.02)

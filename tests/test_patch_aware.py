@@ -19,7 +19,7 @@ from edgeport.activations import PROBED, Course, calibrate
 from edgeport.aside import converse
 from edgeport.calibration import TOKENS
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.errors import NotACheckpoint, VerificationFailed
+from edgeport.errors import BrokenOff, NotACheckpoint, VerificationFailed
 from edgeport.grid import Gridded
 from edgeport.locate import open_model
 from edgeport.memory import IMPORT_BYTES, MIB
@@ -323,8 +323,19 @@ def test_a_text_that_breaks_off_on_its_way_does_not_mix_rules(
         return some
 
     monkeypatch.setattr("edgeport.activations.calibrate", broken(3))
-    with pytest.raises(VerificationFailed, match=r"broke off on its way \(the text is gone\)"):
-        edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
+    job: dict[str, Any] = {"patch": patch, "new_base": base, "probe": False}
+    with pytest.raises(BrokenOff, match=r"broke off on its way \(the text is gone\).*give --rounding stochastic"):
+        edgeport.port(**job, output=tmp_path / "out")
+    # nor does a run that goes on, whose own text breaks off before its first weight
+    with pytest.raises(BrokenOff, match="with --resume goes on"):
+        edgeport.port(**job, output=tmp_path / "resumed", resume=True)
+    monkeypatch.setattr("edgeport.activations.calibrate", broken(0))
+    with pytest.raises(BrokenOff, match="broke off on its way"):
+        edgeport.port(**job, output=tmp_path / "resumed", resume=True)
+    monkeypatch.setattr("edgeport.activations.calibrate", heard)
+    receipt = edgeport.port(**job, output=tmp_path / "resumed", resume=True)
+    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"patch-aware"}
+    assert any("weights were written before an interruption" in note for note in receipt.notes)
     monkeypatch.setattr("edgeport.activations.calibrate", broken(0))
     receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
     assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"stochastic"}

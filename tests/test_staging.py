@@ -158,6 +158,51 @@ def test_a_link_in_the_place_where_an_output_is_made(tmp_path: Path) -> None:
     assert (mine / "letter").read_text() == "dear"
 
 
+@pytest.mark.parametrize("kind", ["link", "file", "folder of another", "folder of an older edgeport"])
+def test_a_stranger_in_the_place_of_what_is_replaced(kind: str, base: Path, tmp_path: Path) -> None:
+    """Neither does it switch off what is asked of the output, nor is anything of it moved."""
+    mine, replaced = tmp_path / "mine", replaced_path(tmp_path / "out.gguf")
+    mine.mkdir()
+    (mine / "config.json").write_text("theirs")
+    (tmp_path / "config.json").write_text("mine")
+    (tmp_path / "out.gguf").write_bytes(b"mine")
+    if kind == "link":
+        replaced.symlink_to(mine)
+    elif kind == "file":
+        replaced.write_text("mine")
+    else:
+        (mine if kind == "folder of another" else replaced).mkdir(exist_ok=True)
+        mine.rename(replaced)
+    before = listing(tmp_path)
+    with pytest.raises(OutputExists, match=r"exists already|is nothing that a run into .*out.gguf has left there; move it away"):
+        edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf")
+    with pytest.raises(OutputExists, match=r"did not write|is nothing that a run into .*out.gguf has left there; move it away"):
+        edgeport.export(model=base, output=tmp_path / "out.gguf", to="gguf", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_came_where_the_old_output_was_put_aside(kind: str, base: Path, tmp_path: Path) -> None:
+    """A run was killed between its two renames; then somebody puts something there."""
+    job: dict[str, Any] = {"model": base, **KINDS[kind], "output": tmp_path / KINDS[kind]["output"]}
+    edgeport.export(**job)
+    output, replaced = job["output"], replaced_path(job["output"])
+    replaced.mkdir()
+    for path in sorted(tmp_path.glob("out*")):
+        path.rename(replaced / path.name)
+    name = sorted(path.name for path in replaced.iterdir())[0]
+    (tmp_path / name).mkdir()
+    before = listing(replaced)
+    with pytest.raises(OutputExists, match="has come where an interrupted run had put the old output aside"):
+        edgeport.export(**job, overwrite=True)
+    assert listing(replaced) == before and (tmp_path / name).is_dir()
+    (tmp_path / name).rmdir()
+    with pytest.raises(OutputExists, match="exists already"):
+        edgeport.export(**job)
+    edgeport.verify(output)
+    assert not replaced.exists()
+
+
 def test_a_link_in_the_place_of_the_journal(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("dear")
     (tmp_path / ".out.journal").symlink_to(tmp_path / "letter")
@@ -177,6 +222,6 @@ def test_a_manifest_from_elsewhere_makes_nothing_ours(base: Path, tmp_path: Path
 
 
 def test_more_files_than_may_be_open(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeport.places.getrlimit", lambda which: (70, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (70, resource.RLIM_INFINITY))
     with pytest.raises(UnknownName, match=r"cut into \d+ files, and a process may have 70 open .* larger --max-shard-size"):
         edgeport.plan(new_base=base, output=tmp_path / "out", to="hf", max_shard_size="20KB")

@@ -112,7 +112,7 @@ def test_a_token_that_was_given_another_name_in_its_row(tiny_llama: TinyLlama, t
     assert not any("tokenizer" in note for note in out.notes)
     whole = save_patch(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     (whole / "tokenizer.json").write_text(json.dumps(told))
-    assert "which the patch brings no rows for" in plan_notes(base, whole, tmp_path / "next")
+    assert "whose rows it brings, and for which the base has other names" in plan_notes(base, whole, tmp_path / "next")
 
 
 def test_an_extracted_patch_brings_the_tokens_that_its_rows_are_of(tiny_llama: TinyLlama, tmp_path: Path) -> None:

@@ -76,8 +76,9 @@ def bench_own(own: Own, output: Path, quants: Sequence[str], *, text: Path | Non
         if told is not None:
             text = folder / "text.txt"
             text.write_text(told, encoding="utf-8")
-        rows = list(Bench(folder, precisions, text, extra, say).measure(evolution, [case]))
-    return written(Results(readable(command), tasks, None, rows), output)
+        failed: list[str] = []
+        rows = list(Bench(folder, precisions, text, extra, say, failed).measure(evolution, [case]))
+    return written(Results(readable(command), tasks, None, rows, [*map(readable, failed)]), output)
 
 
 def bench_suite(name: str, output: Path, quants: Sequence[str], *, limit: int | None, seed: int, overwrite: bool, command: str,

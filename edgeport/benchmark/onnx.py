@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeport.benchmark.llama import threads
 from edgeport.benchmark.runner import Judged, Tree, log_softmax, opened, opening
 from edgeport.errors import NotACheckpoint
 from edgeport.locate import open_model
+from edgeport.memory import MIB
 from edgeport.probe import open_tokenizer
 from edgeport.runtime import Runner
+from edgeport.sizes import size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgeport.benchmark.runner import Array
 
 ROWS = 8
-"""Sequences that go through together: the graph gives the logits of every token, 200 kB each."""
+"""Sequences that go through together, at most."""
+LOGITS_BYTES = 128 * MIB
+"""Of what goes through together: the graph gives the logits of every token."""
 
 
 class OnnxRunner:
@@ -31,6 +42,7 @@ class OnnxRunner:
         self.start = start if isinstance(start, int) else min(self.ends, default=0)
         self.runner = Runner(path, threads=threads())
         self.positions = self.runner.positions
+        self.room = max(LOGITS_BYTES // (4 * size(source.config, "vocab_size", 1)), 1)
 
     def encode(self, text: str) -> list[int]:
         return opened(self.opening, self.bare(text))
@@ -46,15 +58,15 @@ class OnnxRunner:
             found: dict[tuple[int, ...], list[tuple[float, bool]]] = {}
             first = None
             distinct = sorted({tuple(row) for row in rows}, key=len)
-            for start in range(0, len(distinct), ROWS):
-                some = distinct[start : start + ROWS]
+            together = max(min(self.room // len(distinct[-1]), ROWS), 1)
+            for start in range(0, len(distinct), together):
+                some = distinct[start : start + together]
                 tokens, mask = np.zeros((2, len(some), len(some[-1])), np.int64)
                 for place, row in enumerate(some):
                     tokens[place, : len(row)], mask[place, : len(row)] = row, 1
-                self.runner.reset()
-                logits = self.runner.step(tokens, mask)
-                for place, row in enumerate(some):
-                    tail = [log_softmax(logits[place, at]) for at in range(len(tree.prompt) - 1, len(row))]
+                tails = self.tails(tokens, mask, len(tree.prompt) - 1)
+                for row, whole in zip(some, tails, strict=True):
+                    tail = whole[: len(row) - len(tree.prompt) + 1]
                     first = tail[0] if first is None else first
                     for branch in (one for one, its in zip(tree.branches, rows, strict=True) if tuple(its) == row):
                         steps = list(zip(tail, branch, strict=True))
@@ -62,6 +74,17 @@ class OnnxRunner:
             assert first is not None
             each = [found[tuple(branch)] for branch in tree.branches]
             yield Judged(first, [sum(score for score, _ in one) for one in each], [all(hit for _, hit in one) for one in each])
+
+    def tails(self, tokens: NDArray[np.int64], mask: NDArray[np.int64], start: int) -> list[list[Array]]:
+        """The distributions after each token from `start` on, of each row; several rows fit one step."""
+        found: list[list[Array]] = [[] for _ in tokens]
+        piece = max(self.room // len(tokens), 1)
+        self.runner.reset()
+        for begin in range(0, tokens.shape[1], piece):
+            logits = self.runner.step(tokens[:, begin : begin + piece], mask[:, begin : begin + piece])
+            for tail, row in zip(found, logits, strict=True):
+                tail += map(log_softmax, row[max(start - begin, 0) :])
+        return found
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int, stops: Sequence[str]) -> list[str]:
         return [self._write(prompt, tokens, stops) for prompt in prompts]

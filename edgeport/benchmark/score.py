@@ -12,10 +12,12 @@ model, of which the KL divergence is taken.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from math import exp, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from edgeport.benchmark.questions import Asked, BadQuestions, Choice, Generation, gold, read_questions
 from edgeport.benchmark.runner import Judged, Runner, Tree, open_runner
 from edgeport.errors import EdgeportError, MissingExtra, NonFiniteResult, NotACheckpoint
-from edgeport.memory import peak_bytes
+from edgeport.memory import peak_bytes, reset_peak
 
 if TYPE_CHECKING:
     from edgeport.benchmark.runner import Array
@@ -48,7 +50,10 @@ def tree(runner: Runner, question: Asked) -> Tree:
                 f"after {question.prompt[-40:]!r} the right answer {gold(question)!r} begins with the tokens of the option "
                 f"{option!r}, which no model can find less likely; leave the question out, or reword one of them"
             )
-    return found
+    # tokens that all options begin with tell nothing of the choice: the first that does is the one that is compared
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*found.branches, strict=False))
+    shared = min(len(list(alike)), min(map(len, found.branches)) - 1)
+    return Tree([*found.prompt, *right[:shared]], [branch[shared:] for branch in found.branches])
 
 
 def pair(runner: Runner, prompt: str, *continuations: str) -> Tree:
@@ -86,6 +91,8 @@ def check_lengths(
 def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, against: str | None) -> dict[str, Any]:
     """Which questions are answered right, and the mean KL(against || this) after their prompts."""
     trees = [tree(runner, question) for question in questions]
+    # of answers that are written one is judged as well, which tells a damaged model
+    judged_places = [place for place, question in enumerate(questions) if isinstance(question, Choice)] or [0]
     # spaces at a prompt's end belong to the next word, and a line's end to the prompt: a chat template may have it there
     prompts = {
         place: runner.encode(question.prompt.rstrip(" "))
@@ -94,11 +101,14 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
     longest = max((len(trees[place].branches[0]) for place in prompts), default=0) + SPARE_TOKENS
     check_lengths(runner, questions, trees, prompts, longest)
     right: list[bool] = [False] * len(questions)
-    divergences = []
+    divergences: list[float] = []
+    compared = sum(isinstance(question, Choice) for question in questions[:KL_QUESTIONS])
     with ExitStack() as stack:
         kept = stack.enter_context(open(keep, "wb")) if keep else None
         reference = stack.enter_context(open(against, "rb")) if against else None
-        for number, (question, judged) in enumerate(zip(questions, runner.judge(trees), strict=True)):
+        judgements = runner.judge([trees[place] for place in judged_places])
+        for number, judged in zip(judged_places, judgements, strict=True):
+            question = questions[number]
             if not all(map(isfinite, judged.loglikelihoods)):
                 raise NonFiniteResult(f"the model computes NaN or infinity at question {number + 1}; its weights are damaged")
             if isinstance(question, Choice):
@@ -108,6 +118,7 @@ def answers(runner: Runner, questions: Sequence[Asked], keep: str | None, agains
                 if kept:
                     kept.write(judged.first.tobytes())
                 if reference:
+                    check_vocabulary(reference, compared, judged)
                     divergences.append(divergence(reference, judged))
     if prompts:
         texts = runner.write(list(prompts.values()), longest, ("\n",))
@@ -122,13 +133,17 @@ def same(text: str, target: str) -> bool:
     return text.strip().split("\n")[0].strip() == target.strip()
 
 
+def check_vocabulary(reference: BinaryIO, questions: int, judged: Judged) -> None:
+    """Raises EdgeportError where the reference, which tells of so many questions, has more or fewer tokens."""
+    if os.fstat(reference.fileno()).st_size != questions * judged.first.nbytes:
+        raise EdgeportError(f"this model has {judged.first.size} tokens, and the one it is compared with has another number")
+
+
 def divergence(reference: BinaryIO, judged: Judged) -> float:
-    """KL in nats from the reference's next distribution to this one. Raises EdgeportError where vocabularies differ."""
+    """KL in nats from the reference's next distribution to this one. Raises NonFiniteResult."""
     import numpy as np
 
     row: Array = np.frombuffer(reference.read(judged.first.nbytes), dtype=np.float32)
-    if row.size != judged.first.size:
-        raise EdgeportError(f"this model has {judged.first.size} tokens, and the one it is compared with has another number")
     likely = np.exp(row) > 0
     found = float((np.exp(row[likely]) * (row[likely] - judged.first[likely])).sum(dtype=np.float64))
     if not isfinite(found):
@@ -174,17 +189,16 @@ def cut(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def score(job: dict[str, Any]) -> dict[str, Any]:
     tasks = [read_questions(Path(task["questions"])) for task in job["tasks"]]
     runner = open_runner(Path(job["model"]))
+    loaded = peak_bytes()
     results = []
     for task, questions in zip(job["tasks"], tasks, strict=True):
-        began = time.perf_counter()
+        began, anew = time.perf_counter(), reset_peak()
         found = answers(runner, questions, task["keep"], task["against"])
-        results.append({**found, "seconds": time.perf_counter() - began})
-    peak = peak_bytes()  # before a whole text's logits
+        # before a whole text's logits, and without those of other tasks where the kernel allows it
+        peak = max(loaded, peak_bytes()) if anew else peak_bytes()
+        results.append({**found, "seconds": time.perf_counter() - began, "peak_ram_bytes": peak})
     text = read_text(Path(job["text"])) if job["text"] else None
-    return {
-        "tasks": results, "peak_ram_bytes": peak,
-        "perplexity": perplexity(runner, text) if text else None,
-    }  # fmt: skip
+    return {"tasks": results, "perplexity": perplexity(runner, text) if text else None}
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -92,6 +93,8 @@ class Bench:
     extra: Sequence[str] = ()
     """Flags for every port and export."""
     say: Say = lambda text: None
+    failed: list[str] | None = None
+    """Where it is given, a model of another precision than the first that cannot be measured is told there, and ends nothing."""
     journal: Path | None = None
     """Where finished models are written down, so that they need not be measured again (the folder has to be kept too)."""
 
@@ -109,7 +112,13 @@ class Bench:
             todo += [(OLD, reference), (TUNED, reference)]
         todo += [(PORTED, one) for one in self.precisions[1:]] + [(REFIT, one) for one in self.precisions]
         for model, precision in todo:
-            found += self.rows(evolution, cases, model, precision)
+            try:
+                found += self.rows(evolution, cases, model, precision)
+            except EdgeportError as error:  # often hours after the first
+                if self.failed is None or precision == reference:
+                    raise
+                self.failed.append(f"{model}, {precision.name}: {error}")
+                self.say(self.failed[-1])
         yield from completed(found, reference.name)
 
     def rows(self, evolution: Evolution, cases: Sequence[Case], model: str, precision: Precision) -> Iterator[Row]:
@@ -152,7 +161,7 @@ class Bench:
             row = Row(
                 task=case.name, evolution=evolution, model=model, precision=precision.name, bytes=receipt["bytes_out"],
                 correct=sum(right), total=len(right), score_seconds=answers["seconds"],
-                score_peak_bytes=found["peak_ram_bytes"], perplexity=found["perplexity"], kl=answers["kl"],
+                score_peak_bytes=answers["peak_ram_bytes"], perplexity=found["perplexity"], kl=answers["kl"],
                 patch_kept=(receipt["survival"] or {}).get("mean") if patched else None,
                 port_seconds=receipt["seconds"] if patched else None,
                 port_peak_bytes=receipt["peak_ram_bytes"] if patched else None,
@@ -161,13 +170,13 @@ class Bench:
             )  # fmt: skip
             if self.journal:
                 with self.journal.open("a") as file:
-                    file.write(json.dumps([key, asdict(row)]) + "\n")
+                    # a line's end before it, too: the last one may have been cut off
+                    file.write("\n" + json.dumps([key, asdict(row)]) + "\n")
             yield row
 
     def finished(self) -> dict[str, Row]:
         """What the journal holds, by `entry`."""
-        lines = self.journal.read_text().splitlines() if self.journal and self.journal.exists() else []
-        return {key: Row(**row) for key, row in map(json.loads, lines)}
+        return dict(finished_rows(self.journal)) if self.journal and self.journal.exists() else {}
 
     def ask(self, model: Path, cases: Sequence[Case], role: str | None) -> dict[str, Any]:
         """The answers of a model. `role`: keep its distributions, compare them with those that were kept, or neither."""
@@ -189,6 +198,14 @@ class Bench:
 
     def rows_file(self, case: Case) -> Path:
         return self.folder / f"{case.name}-{digest(case.questions)[:16]}-{self.precisions[0].name}.distributions"
+
+
+def finished_rows(journal: Path) -> Iterator[tuple[str, Row]]:
+    """Of a journal, each by `entry`. A line that was cut off has not happened."""
+    for line in journal.read_text().splitlines():
+        with suppress(ValueError):
+            key, row = json.loads(line)
+            yield key, Row(**row)
 
 
 def entry(command: Sequence[str], precision: Precision, case: Case, text: Path | None = None) -> str:

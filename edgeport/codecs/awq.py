@@ -106,7 +106,8 @@ class Awq:
 
         how = grouping_of(weight)
         low, high = extremes(matrix, how.group)
-        scale = high.sub(low).clamp_(min=LEAST_SPREAD).div_(15)
+        # by a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise
+        scale = high.sub(low).clamp_(min=LEAST_SPREAD).div_(low.new_tensor(15))
         zero = (low / scale).round_().neg_().clamp_(0, 15)
         stored_scale = scale.to(torch_type(how.scales))
         found = nearest(matrix, stored_scale.float(), zero, how.group, BITS)

@@ -82,7 +82,8 @@ class Fp8:
 
         dtype = torch_type(cast(Scaling, weight.parameters).scales)
         low, high = matrix.aminmax(dim=1, keepdim=True)
-        scale = torch.maximum(-low, high).div_(LARGEST)
+        # by a tensor: CUDA multiplies by a number's reciprocal, which rounds otherwise
+        scale = torch.maximum(-low, high).div_(low.new_tensor(LARGEST))
         stored = torch.where(scale == 0, torch.finfo(dtype).eps, scale).to(dtype)
         if not bool(stored.isfinite().all()):
             raise NonFiniteResult("a scale does not fit the type that scales are stored in; use --quant bf16")

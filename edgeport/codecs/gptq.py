@@ -137,12 +137,13 @@ class Gptq:
         low, high = extremes(matrix, how.group)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         largest = (1 << how.bits) - 1
+        steps = low.new_tensor(largest)  # CUDA multiplies by a number's reciprocal, which rounds otherwise
         if how.symmetric:
             scale = torch.maximum(-low, high).mul_(2)
-            scale = torch.where(scale == 0, 2.0, scale).div_(largest)
+            scale = torch.where(scale == 0, 2.0, scale).div_(steps)
             zero = torch.full_like(scale, (largest + 1) / 2)
         else:
-            scale = torch.where(high == low, 2.0, high - low).div_(largest)
+            scale = torch.where(high == low, 2.0, high - low).div_(steps)
             zero = torch.where(high == low, (largest + 1) / 2, (-low / scale).round_())
         stored_scale = scale.to(torch_type(how.scales))
         found = nearest(matrix, stored_scale.float(), zero, how.group, how.bits)

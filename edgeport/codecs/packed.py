@@ -123,7 +123,8 @@ class Packed:
         low, high = extremes(matrix, how.group)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         largest = (1 << how.bits) - 1
-        scale = torch.maximum(-low, high) / (largest / 2) if how.symmetric else (high - low) / largest
+        steps = low.new_tensor(largest)  # CUDA multiplies by a number's reciprocal, which rounds otherwise
+        scale = torch.maximum(-low, high) / (steps / 2) if how.symmetric else (high - low) / steps
         dtype = torch_type(how.scales)
         stored_scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale).to(dtype)
         zero = torch.full_like(scale, 1 << how.bits - 1)

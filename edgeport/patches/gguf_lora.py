@@ -53,10 +53,11 @@ class GgufLora:
         down, up = pair.down.shape, pair.up.shape
         if len(down) != 2 or len(up) != 2 or 0 in down:
             raise CorruptCheckpoint(f"the factors of {pair.target} have the shapes {list(down)} and {list(up)}, of no matrices")
-        if down[0] != up[1] or (up[0], down[1]) != weight.shape:
+        if down[0] != up[1]:
+            raise CorruptCheckpoint(f"the factors of {pair.target} are of rank {down[0]} and {up[1]}: they have no product")
+        if (up[0], down[1]) != weight.shape:
             raise ShapeMismatch(
-                f"the patch was made for {pair.target} of shape {[up[0], down[1]]}, with factors of rank {down[0]} and {up[1]}; "
-                f"the base has {list(weight.shape)}"
+                f"the patch was made for {pair.target} of shape {[up[0], down[1]]}; the base has {list(weight.shape)}"
             )
         return LowRank(
             weight.name, weight.shape, pair.down, pair.up, pair.scaling * self.scale, False, False, arrangement=pair.arrangement

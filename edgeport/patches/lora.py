@@ -93,12 +93,12 @@ class LoraPatch:
     def scaling(self, module: str, rank: int) -> float:
         """s of one module, its patterns matched as PEFT matches them (`get_pattern_key`).
 
-        Raises CorruptCheckpoint, ShapeMismatch.
+        Raises CorruptCheckpoint.
         """
         alpha = self.pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
         rank_stated = self.pattern("rank_pattern", module, rank)
         if rank_stated != rank:
-            raise ShapeMismatch(f"{CONFIG} gives {module} the rank {rank_stated:g}, and its tensors have {rank}")
+            raise CorruptCheckpoint(f"{CONFIG} gives {module} the rank {rank_stated:g}, and its tensors have {rank}")
         if rank == 0:
             raise CorruptCheckpoint(f"the LoRA factors of {module} have rank 0: there is nothing to merge")
         return float(alpha / (sqrt(rank) if self.config.get("use_rslora") else rank))
@@ -174,11 +174,10 @@ class LoraPatch:
             square = inner == outer
             transposed = bool(self.config.get("fan_in_fan_out")) if square else final == (inner, outer)
         shape = (inner, outer) if transposed else (outer, inner)
-        if rank != other or shape != final:
-            raise ShapeMismatch(
-                f"the patch was made for {bare} of shape {list(shape)}, with factors of rank {rank} and {other}; "
-                f"the base has {list(weight.shape)}"
-            )
+        if rank != other:
+            raise CorruptCheckpoint(f"the factors of {bare} are of rank {rank} and {other}: they have no product")
+        if shape != final:
+            raise ShapeMismatch(f"the patch was made for {bare} of shape {list(shape)}; the base has {list(weight.shape)}")
         self.before(weight, old)
         idle = (frozen.name,) if frozen else ()
         scaling, tied = self.scaling(bare, rank) * self.scale, self.keeps_tie(weight)
@@ -216,11 +215,10 @@ class LoraPatch:
     def token_rows(self, module: str, stored: Stored, frozen: Stored | None, new: Source, old: Source | None) -> Edit:
         weight = self.find(f"{module}.weight", new)
         indices = self.token_indices(module)
-        if stored.shape != (len(indices), weight.columns):
-            raise ShapeMismatch(
-                f"{stored.name} has shape {list(stored.shape)}; {len(indices)} tokens of width {weight.columns} "
-                "were expected"
-            )
+        if len(stored.shape) != 2 or stored.shape[0] != len(indices):
+            raise CorruptCheckpoint(f"{stored.name} has shape {list(stored.shape)}; {len(indices)} tokens were expected")
+        if stored.shape[1] != weight.columns:
+            raise ShapeMismatch(f"{stored.name} is of tokens of width {stored.shape[1]}; the base's have {weight.columns}")
         shape, idle = self.resized(weight, frozen), (frozen.name,) if frozen else ()
         if indices and max(indices) >= shape[0]:
             raise ShapeMismatch(f"the patch trains token {max(indices)}; the base has {shape[0]} tokens")
