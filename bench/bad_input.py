@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
         lambda f: port(f, None, without(patch(f), "adapter_model.safetensors")), "none of adapter_model"),
     "patch, config not JSON": Case(lambda f: port(f, None, with_text(patch(f), "adapter_config.json", "{")), "not valid JSON"),
     "patch, a whole model": Case(lambda f: port(f, model(f), model(f, "tuned")), "is a whole model, not a patch"),
-    "patch given as the base": Case(lambda f: port(f, patch(f), f / "patch"), "it is a patch; give it as --patch"),
+    "patch given as the base": Case(lambda f: port(f, patch(f), f / "patch"), "it is a patch, which a port takes as --patch"),
     "patch for another architecture": Case(
         with_patch(lambda: factors(module="attn.c_attn")), "attn.c_attn.weight, which base does not have; is org/base of"),
     "patch of another shape": Case(with_patch(lambda: factors(inner=48, outer=48)), "of shape [48, 48]"),

@@ -139,5 +139,5 @@ def is_linear(weight: Weight) -> bool:
         return True
     raise UnsupportedArchitecture(
         f"{weight.name} {list(weight.shape)} may or may not be a layer that transformers quantizes; edgeport knows that of "
-        "decoders with dense layers (model.layers.N....) alone; use --quant bf16, or --to gguf"
+        "decoders with dense layers (model.layers.N....) alone; use --quant bf16"
     )

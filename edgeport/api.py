@@ -248,7 +248,7 @@ def diagnose(
     return diagnosis.diagnose(new, patches, old)
 
 
-def verify(output: Location, *, offline: bool = False) -> Mapping[str, str]:
+def verify(output: Location) -> Mapping[str, str]:
     """Check every file of an output against its manifest; returns the hashes. Raises VerificationFailed."""
     return verify_hashes(Path(output))
 

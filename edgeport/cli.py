@@ -299,7 +299,7 @@ def verify(
         given = [name for name, value in (("--tokens", tokens), ("--max-kl", max_kl)) if value is not None]
         if given and against is None:
             raise UnknownName(f"{' and '.join(given)}: nothing is compared; name the model to compare with as --against")
-        checked = api.verify(output, offline=offline)
+        checked = api.verify(output)
         content: dict[str, Any] = {"output": str(output), "files": dict(checked)}
         text = f"{output}: {len(checked)} file(s) match the manifest"
         if against is not None:

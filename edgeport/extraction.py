@@ -292,7 +292,7 @@ def cut(both: Both, form: str, keep: Keep, room: int | None) -> Change:
             with about(both.name):
                 raise BudgetTooSmall(
                     f"its smallest block takes {in_words(peak(block, width))}, and the budget leaves {in_words(room)}; "
-                    "raise --max-ram, or take a lower --rank"
+                    "raise --max-ram" + ("" if keep.full else ", or take a lower --rank")
                 )
     return Change(both, form, block, width, peak(block, width))
 

@@ -37,7 +37,7 @@ def open_model(text: str | Path, offline: bool = False) -> Source:
         if candidate.reads and candidate.detect(path):
             return candidate.open(path)
     known = ", ".join(name for name, candidate in converters().items() if candidate.reads)
-    hint = " (it is a patch; give it as --patch)" if any(kind.detect(path) for kind in patch_kinds().values()) else ""
+    hint = " (it is a patch, which a port takes as --patch)" if any(kind.detect(path) for kind in patch_kinds().values()) else ""
     if path.is_file() and (path.parent / "config.json").is_file():
         hint = f"; give the folder {path.parent}"
     raise NotACheckpoint(not_fetched(path) or f"{path} is not a model that edgeport reads ({known}){hint}")

@@ -13,7 +13,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="The output: a fold
 To = Annotated[str, typer.Option("--to", help="Container: hf, gguf or onnx.")]
 QUANT_HELP = (
     "bf16, f16, f32; for hf nf4, int8, gptq-4, awq-4, w4a16 ...; for gguf Q8_0, Q4_K_M ...; for onnx int8, int4 "
-    "(default: as the base)."
+    "(default: as the base, where the output's container has its format; else bf16, and int8 in ONNX)."
 )
 Quant = Annotated[str | None, typer.Option("--quant", "-p", "--precision", help=QUANT_HELP)]
 ShardSize = Annotated[str | None, typer.Option("--max-shard-size", "--split-max-size", help="Largest output file, such as 5GB.")]

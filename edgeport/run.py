@@ -42,7 +42,7 @@ Progress = Callable[[str, int], None]
 """Called with a weight's name and the bytes of the source that are done since the last call."""
 
 LEAST_RETENTION = 0.5
-INSTEAD = "write a finer format (--quant Q8_0 or bf16), --sidecar, or --force to write it all the same"
+INSTEAD = "write a finer format (--quant bf16, or Q8_0 in a GGUF), --sidecar (not in ONNX), or --force to write it all the same"
 
 
 def silent(weight: str, nbytes: int) -> None:

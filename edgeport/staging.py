@@ -41,7 +41,7 @@ NO_ROOM = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
     # FAT has none of 4 GiB; or ulimit -f
-    errno.EFBIG: "{} takes no file of the output's size; cut it with --max-shard-size 4GB, or give an -o on another disk",
+    errno.EFBIG: "{} takes no file of the output's size; cut it (--max-shard-size 4GB, in hf and gguf), or give another disk",
 }
 
 
