@@ -33,7 +33,8 @@ def test_what_a_port_loses_is_of_the_reference_and_the_first_patch() -> None:
     assert outcome_of([one for one in ROWS if one.model != TUNED], "sums", "LoRA r8") is None
 
 
-def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+def test_a_pair_is_diagnosed(tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.suite.PATCHES", tmp_path)
     base = tiny_llama()
     save_patch(base, tmp_path / "sums", std=0.02)
     new = drifted(base, tmp_path / "new")
