@@ -323,7 +323,7 @@ CASES: dict[str, Case] = {
     "disk too small": Case(with_flags(), "free", 4, small_disk),
     "disk full on the way": Case(with_flags(), "became full on the way; free some of it", 4, full_disk),
     "disk that takes no large file": Case(
-        with_flags(), "takes no file of the output's size; cut it with --max-shard-size", 4, small_files),
+        with_flags(), "takes no file of the output's size; cut it (--max-shard-size", 4, small_files),
     "extract, disk full on the way": Case(extract(tuned=tuned), "became full on the way; free some of it", 4, full_disk),
     "memory that the system does not give": Case(with_flags(), "gives this process no more memory", 4, no_memory),
     "a thread that the system does not give": Case(with_flags(), "gives this process no more memory", 4, no_thread),
