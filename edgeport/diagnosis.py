@@ -72,6 +72,7 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
         edits = collect_edits(new, patches, None)
     except (TargetMissing, ShapeMismatch) as error:
         return told(Verdict(REFUSED, str(error)), {}, {})
+    # what does not fit the old base is a mistake in what was given, as it is to a port
     edits = collect_edits(new, patches, old) if old else edits
     work = with_ties(new, edits)
     check_order(edits, patches)

@@ -226,9 +226,9 @@ def take_back(output: Path) -> None:
         os.replace(output.with_name(name), place / name)
     if not os.path.lexists(replaced):
         return
-    if not put_aside(output) or any(path.name != record and not is_named_as(output, path.name) for path in replaced.iterdir()):
+    old = sorted(replaced.iterdir()) if put_aside(output) else None
+    if old is None or any(path.name != record and not is_named_as(output, path.name) for path in old):
         raise OutputExists(f"{replaced} is nothing that a run into {output} has left there; move it away")
-    old = sorted(replaced.iterdir())
     finished = manifest_path(output, (replaced / output.name).is_dir())
     if not finished.is_file() or (place / finished.name).exists():
         others = [path.name for path in old if os.path.lexists(output.with_name(path.name))]
