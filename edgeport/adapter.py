@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeport.errors import ConvertError, UnknownName, UnsupportedPatch, about
 from edgeport.lowrank import OVERSAMPLING
+from edgeport.matching import final_shape, reshaped
 from edgeport.seams import Adapting, Edit, Factors, FileLayout, LowRankEdit, Sink
 from edgeport.steps import Allowed, Step, cut
 from edgeport.tensor import Weight
@@ -86,7 +87,8 @@ def laid_out(kind: str, sink: Sink, patched: Patched, ranks: Mapping[str, int]) 
     factors = []
     for name, rank in ranks.items():
         with about(name):
-            factors.append(sink.factors(patched[name][0].named(name), rank))
+            origin, edits = patched[name]
+            factors.append(sink.factors(reshaped(origin, final_shape(origin, edits)).named(name), rank))
     alpha = max(ranks.values())
     name, files = sink.adapter(factors, alpha)
     return Adapter(kind, name, alpha, tuple(factors), tuple(files))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgeport.adapter import SIDECAR
-from edgeport.blocks import decode_rows, encode_rows, ranges
+from edgeport.blocks import check_finite, decode_rows, encode_rows, known, padded, ranges
 from edgeport.errors import about
 from edgeport.lowrank import OVERSAMPLING, row_space
 from edgeport.manifest import WeightFact
@@ -86,12 +86,16 @@ def column_scale(importance: Tensor | None, columns: int) -> Tensor:
 
 
 def blocks(step: Step, source: Source, staging: Staging) -> Iterator[tuple[range, Tensor, Tensor, Tensor]]:
-    """Rows, and float32 base, exact result and stored result of them; the last two are the caller's to change."""
+    """Rows, and float32 base, exact result and stored result of them; the last two are the caller's to change.
+
+    Raises NonFiniteResult.
+    """
     applied = [edit.load("cpu") for edit in step.edits]
     for rows in ranges(step.target, step.rows, step.granule):
-        base = exact = decode_rows(source, step.origin, rows)
+        base = exact = padded(decode_rows(source, step.origin, known(step.origin, rows)), rows)
         for apply in applied:
             exact = apply(rows, exact)
+        check_finite(base, exact, rows)
         yield rows, base, exact, decode_rows(staging, step.target, rows)
 
 
@@ -111,8 +115,9 @@ def store(factors: Factors, alpha: int, up: Tensor, down: Tensor, staging: Stagi
 
 
 def survey(step: Step, source: Source, staging: Staging, up: Tensor, down: Tensor) -> Survival:
-    """What is stored of one weight's patch, the adapter's part included."""
+    """What is stored of one weight's patch, the adapter's part included, in the rows that the base has."""
     survival = Survival()
     for rows, base, exact, stored in blocks(step, source, staging):
-        survival.add(base, exact, stored.addmm_(up[rows.start : rows.stop], down))
+        if old := len(known(step.origin, rows)):
+            survival.add(base[:old], exact[:old], stored.addmm_(up[rows.start : rows.stop], down)[:old])
     return survival

@@ -75,7 +75,7 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
     # what does not fit the old base is a mistake in what was given, as it is to a port
     edits = collect_edits(new, patches, old) if old else edits
     work = with_ties(new, edits)
-    check_order(edits, patches)
+    check_order(new, edits, patches)
     adapted_config(new, work)
     items = [(name, weight, todo) for name, weight, todo in work if todo]
     with torch.no_grad():

@@ -147,6 +147,13 @@ class Taken:
     energy: float = 1.0
     squares: float = 0.0
     """Of all elements of the difference, summed."""
+    grown: bool = False
+    """Whether there are rows that the old one has not, which may be zeros."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the patch has to say anything of it."""
+        return bool(self.squares) or self.grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +174,14 @@ class Extraction:
 
     @property
     def changed(self) -> list[Taken]:
-        return [fact for fact in self.facts if fact.squares]
+        return [fact for fact in self.facts if fact.stored]
 
     @property
     def energy(self) -> dict[str, Any]:
         """The share of all changes' square that is kept, and the weight of which least is."""
         total = sum(fact.squares for fact in self.changed)
         worst = min(self.changed, key=lambda fact: fact.energy)
-        kept = sum(fact.squares * fact.energy for fact in self.changed) / total
+        kept = sum(fact.squares * fact.energy for fact in self.changed) / total if total else 1.0
         return {"all": kept, "min": worst.energy, "worst": worst.weight}
 
     def to_json(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def record(plan: ExtractionPlan, done: Extraction, inputs: Any) -> dict[str, Any
 
 def notes_on(plan: ExtractionPlan, facts: Sequence[Taken]) -> Iterator[str]:
     """What the user should know of the patch."""
-    whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.squares]
+    whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.stored]
     if whole:
         yield (
             f"{len(whole)} weights that are no linear layers ({', '.join(whole[:3])}{' ...' if len(whole) > 3 else ''}) are kept "
@@ -159,7 +159,7 @@ def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging)
             return Taken(both.name, change.form, both.new.shape)
         raise UnsupportedPatch(f"it has changed, and {both.new.format} numbers can be copied and not computed with")
     squares, before = survey(plan, change)
-    if squares == 0 and not saved_beside(both.name, file):
+    if squares == 0 and not both.grown and not saved_beside(both.name, file):
         return Taken(both.name, change.form, both.new.shape)
     relative = sqrt(squares / before) if before else None
     if change.form == NONE:
@@ -175,7 +175,7 @@ def take(plan: ExtractionPlan, change: Change, file: Appended, staging: Staging)
         for rows in ranges(both.new, change.rows, both.granule):
             old, new = block_of(both, plan.old, plan.tuned, rows)
             file.put(weight, rows.start, new.sub_(old) if change.form == DIFFERENCE else new, staging)
-    return Taken(both.name, change.form, both.new.shape, relative, squares=squares)
+    return Taken(both.name, change.form, both.new.shape, relative, squares=squares, grown=both.grown)
 
 
 def computable(both: Both) -> bool:
@@ -272,7 +272,7 @@ def write_companions(plan: ExtractionPlan, facts: Sequence[Taken], folder: Path)
         return
     ranks = {fact.weight.removesuffix(".weight"): fact.rank for fact in facts if fact.rank}
     alpha = plan.keep.rank or max(ranks.values(), default=DEFAULT_RANK)
-    whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.squares]
+    whole = [fact.weight for fact in facts if fact.form == WHOLE and fact.stored]
     saved = [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
     if plan.tied and any(name in HEADS and not name.endswith(TIED_BY_PEFT) for name in whole):
         saved.append(HEAD.removesuffix(".weight"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from edgeport.errors import ShapeMismatch, UnknownName, UnmappedTensor, UnsupportedPatch
 from edgeport.hub import called
 from edgeport.registry import miss
-from edgeport.seams import Edit, LowRankEdit, Partial, Patch, Sink, Source
+from edgeport.seams import Edit, LowRankEdit, Overwriting, Partial, Patch, Sink, Source
 from edgeport.tensor import Weight
-from edgeport.ties import INPUTS, ends, is_tied
+from edgeport.ties import INPUTS, Ends, ends, is_tied
 
 DELTA, OPERATOR = "delta", "operator"
 
@@ -44,23 +45,31 @@ def with_ties(source: Source, edits: Mapping[str, list[list[Edit]]]) -> list[Wor
     """
     flat = {name: tuple(edit for part in parts for edit in part) for name, parts in edits.items()}
     work = [(name, weight, flat.get(name, ())) for name, weight in source.weights.items()]
-    model, tied = ends(source.weights), is_tied(source.weights, source.config)
+    model = ends(source.weights)
     if model is None:
-        if tied:
+        if is_tied(source.weights, source.config):
             check_together(source, flat)
         return work
-    stored = model.head in source.weights
-    if not tied and (stored or model.head not in edits):
+    parts = head_parts(source, model, edits)
+    if parts is None:
         return work
-    none: list[list[Edit]] = [[] for _ in next(iter(edits.values()), [])]
-    pairs = zip(edits.get(model.embedding, none), edits.get(model.head, none), strict=True)
-    head = tuple(edit for below, own in pairs for edit in head_edits(below, own))
-    if stored:
+    head = tuple(edit for part in parts for edit in part)
+    if model.head in source.weights:
         return [(name, weight, head if name == model.head else todo) for name, weight, todo in work]
     if head == flat.get(model.embedding, ()):
         return work
     embedding = source.weights[model.embedding]
     return [*work, (model.head, embedding.named(model.head), head)]
+
+
+def head_parts(source: Source, model: Ends, edits: Mapping[str, list[list[Edit]]]) -> list[Sequence[Edit]] | None:
+    """What each patch does to a head that starts from the embedding; None where the head is a weight of its own."""
+    untied = not is_tied(source.weights, source.config)
+    if untied and (model.head in source.weights or model.head not in edits):
+        return None
+    none: list[list[Edit]] = [[] for _ in next(iter(edits.values()), [])]
+    pairs = zip(edits.get(model.embedding, none), edits.get(model.head, none), strict=True)
+    return [head_edits(below, own) for below, own in pairs]
 
 
 def check_together(source: Source, edits: Mapping[str, Sequence[Edit]]) -> None:
@@ -121,10 +130,20 @@ def check_semantics(work: Sequence[Work], semantics: str | None) -> None:
         )
 
 
-def check_order(edits: Mapping[str, list[list[Edit]]], patches: Sequence[Patch]) -> None:
+def check_order(source: Source, edits: Mapping[str, list[list[Edit]]], patches: Sequence[Patch]) -> None:
     """Raises UnsupportedPatch where a patch's whole values would take the place of what another has done before."""
-    for name, parts in edits.items():
+    found: dict[str, Sequence[Sequence[Edit]]] = {**edits}
+    model = ends(source.weights)
+    if model and (head := head_parts(source, model, edits)):
+        found[model.head] = head
+    for name, parts in found.items():
         for index, part in enumerate(parts):
+            earlier = max((prod(edit.shape[:-1]) for one in parts[:index] for edit in one), default=0)
+            if any(isinstance(edit, Overwriting) and any(row < earlier for row in edit.own_rows) for edit in part):
+                raise UnsupportedPatch(
+                    f"{called(patches[index].path)} has new tokens in {name}, which would take the place of those of an earlier "
+                    "patch; port one of them, or train them as one"
+                )
             if any(parts[:index]) and any(edit.semantics == OPERATOR for edit in part):
                 raise UnsupportedPatch(
                     f"{called(patches[index].path)} holds whole values for {name}, which would undo what an earlier patch does; "

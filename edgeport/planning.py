@@ -193,7 +193,7 @@ def make_plan(
     edits = collect_edits(source, patches, old)
     patched = with_ties(source, edits)
     check_semantics(patched, method.semantics)
-    check_order(edits, patches)
+    check_order(source, edits, patches)
     work = with_ties(source, {}) if method.sidecar else patched
     config = adapted_config(source, work)
     overlay, about_tokens = tokenizer_files(source, patches, {} if method.sidecar else edits)

@@ -178,6 +178,14 @@ class LowRankEdit(Protocol):
         ...
 
 
+@runtime_checkable
+class Overwriting(Protocol):
+    """What an edit is, besides an `Edit`, that is a change elsewhere and takes some rows as they are: those of new tokens."""
+
+    @property
+    def own_rows(self) -> Sequence[int]: ...
+
+
 class Patch(Protocol):
     """A fine-tune's change to its base, opened by its headers."""
 

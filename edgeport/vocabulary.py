@@ -94,7 +94,7 @@ def text_of(files: Mapping[str, Path]) -> bytes:
 def rows_of(text: bytes) -> Mapping[str, int]:
     """The rows of a tokenizer.json's tokens, added ones among them; none where they cannot be read."""
     # what else may stand there is for those to judge who use it
-    with suppress(LookupError, RecursionError, TypeError, ValueError):
+    with suppress(ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         told = json.loads(text)
         listed = told["model"]["vocab"]
         pairs = [*(listed.items() if isinstance(listed, dict) else ((piece[0], row) for row, piece in enumerate(listed)))]

@@ -165,6 +165,19 @@ def test_a_grown_vocabulary_comes_with_its_tokenizer(
         assert json.loads((again / "config.json").read_text())["vocab_size"] == 330
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_new_tokens_of_zeros_are_new_tokens(full: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """A padded vocabulary, whose other rows nobody has trained."""
+    base, larger = tiny_llama(), tiny_llama("larger", vocab=330)
+    zeros = torch.zeros(10, 64)
+    rows = {name: torch.cat([value, zeros]) if len(value) == 320 else value for name, value in tensors(base).items()}
+    save_file(rows, larger / "model.safetensors", {"format": "pt"})
+    done = edgeport.extract(old_base=base, tuned=larger, output=tmp_path / "patch", full=full)
+    assert sorted(fact.weight for fact in done.changed) == ["lm_head.weight", EMBEDDING] and done.energy["all"] == 1
+    again = tensors(edgeport.port(patch=tmp_path / "patch", new_base=base, output=tmp_path / "again").output)
+    assert all(torch.equal(again[name], value) for name, value in rows.items())
+
+
 def test_differences_of_which_one_grows_the_vocabulary(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     base, larger, other = tiny_llama(), tiny_llama("larger", vocab=330, seed=1), tiny_llama("other", seed=2)
     for tuned in (larger, other):

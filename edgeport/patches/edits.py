@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -80,6 +81,10 @@ class Difference:
     semantics: str = "delta"
 
     @property
+    def own_rows(self) -> Sequence[int]:
+        return range(self.base_rows, prod(self.shape[:-1]))
+
+    @property
     def reads(self) -> tuple[str, ...]:
         return (self.value.name,)
 
@@ -107,6 +112,10 @@ class NewRows:
     tied: bool = True
     """Of a tied model both are one matrix, which grows as one."""
     semantics: str = "delta"
+
+    @property
+    def own_rows(self) -> Sequence[int]:
+        return range(self.base_rows, prod(self.shape[:-1]))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -147,6 +156,11 @@ class Replace:
     @property
     def semantics(self) -> str:
         return "delta" if self.old else "operator"
+
+    @property
+    def own_rows(self) -> Sequence[int]:
+        both = min(self.old[1].rows, self.base_rows) if self.old else self.base_rows
+        return range(both, prod(self.shape[:-1]))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -190,8 +204,8 @@ class ReplaceRows:
     indices: tuple[int, ...]
     scale: float
     old: tuple[Source, Weight] | None
-    tied: bool = True
-    """PEFT gives the rows of a tied head the same values itself."""
+    tied: bool
+    """PEFT gives the rows of a tied head the same values itself, but where it has trained other rows there."""
     idle: tuple[str, ...] = ()
     """Names of the patch's tensors that say nothing beside the rows."""
 
@@ -199,6 +213,11 @@ class ReplaceRows:
     def semantics(self) -> str:
         """New tokens' rows take the place of nothing."""
         return "delta" if self.old or all(index >= self.base_rows for index in self.indices) else "operator"
+
+    @property
+    def own_rows(self) -> Sequence[int]:
+        both = min(self.old[1].rows, self.base_rows) if self.old else self.base_rows
+        return [index for index in self.indices if index >= both]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -213,7 +232,8 @@ class ReplaceRows:
 
         def apply(rows: range, matrix: Tensor) -> Tensor:
             matrix = matrix.clone()
-            for value, index in zip(values, self.indices, strict=True):
+            # of a token that is named twice the later values count, as with PEFT
+            for index, value in dict(zip(self.indices, values, strict=True)).items():
                 if index in rows:
                     here, before = matrix[index - rows.start], self.old_row(index, device)
                     change = value - (here if before is None else before)

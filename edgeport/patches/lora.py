@@ -11,18 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.hub import called
 from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
-from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT, TURNED_MODELS, find, is_turned
+from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT, TURNED_LAYERS, TURNED_MODELS, find, is_turned
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
-from edgeport.ties import ends, is_end, is_tied
+from edgeport.ties import HEADS, ends, is_end, is_tied
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
@@ -44,7 +45,8 @@ CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 """Begins of those that PEFT can turn into an ordinary LoRA (`_convert_state_dict_for_initial_model`)."""
 
 LOW_RANK = re.compile(
-    r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
+    r"^(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.(?!weight$|bias$)[^.]+)?"
+    r"(?:\.(?P<leaf>weight|bias))?$"
 )
 TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 FROZEN = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.weight$")
@@ -96,7 +98,7 @@ class LoraPatch:
         Raises CorruptCheckpoint.
         """
         alpha = self.pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
-        rank_stated = self.pattern("rank_pattern", module, rank)
+        rank_stated = self.pattern("rank_pattern", module, self.config.get("r", rank))
         if rank_stated != rank:
             raise CorruptCheckpoint(f"{CONFIG} gives {module} the rank {rank_stated:g}, and its tensors have {rank}")
         if rank == 0:
@@ -105,7 +107,7 @@ class LoraPatch:
 
     def pattern(self, key: str, module: str, default: float) -> float:
         for pattern, value in (self.config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re.match(spelled_out(pattern), module):
                 return float(value)
         return float(default)
 
@@ -167,12 +169,13 @@ class LoraPatch:
             raise UnsupportedPatch(f"{bare}: LoRA on a convolution or another tensor that is no matrix is not merged yet")
         final = self.resized(weight, frozen)
         (rank, inner), (outer, other) = down.shape, up.shape
-        # PEFT goes by the layer, and leaves in its config what it found of the last one
+        # PEFT goes by the layer, and leaves in its config what it found of the last one, or what it was given for none
         if embedding or new.config.get("model_type") in TURNED_MODELS:
             transposed = embedding or is_turned(bare, new.config)
+        elif inner == outer:
+            transposed = bool(self.config.get("fan_in_fan_out")) and bare.rpartition(".")[2] in TURNED_LAYERS
         else:
-            square = inner == outer
-            transposed = bool(self.config.get("fan_in_fan_out")) if square else final == (inner, outer)
+            transposed = final == (inner, outer)
         shape = (inner, outer) if transposed else (outer, inner)
         if rank != other:
             raise CorruptCheckpoint(f"the factors of {bare} are of rank {rank} and {other}: they have no product")
@@ -223,7 +226,7 @@ class LoraPatch:
         if indices and max(indices) >= shape[0]:
             raise ShapeMismatch(f"the patch trains token {max(indices)}; the base has {shape[0]} tokens")
         before = self.before(weight, old)
-        return ReplaceRows(weight.name, shape, stored, weight.rows, indices, self.scale, before, idle=idle)
+        return ReplaceRows(weight.name, shape, stored, weight.rows, indices, self.scale, before, self.ties_rows, idle)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
         given = self.config.get("trainable_token_indices")
@@ -234,8 +237,16 @@ class LoraPatch:
         return tuple(given)
 
     @property
+    def ties_rows(self) -> bool:
+        """Whether PEFT gives the rows of an embedding to a tied head: not where both name rows, and other ones."""
+        given = self.config.get("trainable_token_indices")
+        named = given if isinstance(given, Mapping) else {}
+        of_ends = [rows for module, rows in named.items() if names_end(module)]
+        return all(rows == of_ends[0] for rows in of_ends)
+
+    @property
     def names_head(self) -> bool:
-        return any(name.removeprefix(PEFT_PREFIX).startswith("lm_head.") for name in self.stored)
+        return any(".lm_head." in f".{name}" for name in self.stored)
 
     def keeps_tie(self, weight: Weight) -> bool:
         """Whether a change of the embedding is the head's too."""
@@ -279,21 +290,32 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def check_numbers(config: Mapping[str, Any]) -> None:
     """What the scaling is computed from is what PEFT would write. Raises CorruptCheckpoint."""
-    if not is_number(config.get("lora_alpha", 8)):
-        raise CorruptCheckpoint(f"{CONFIG} has the lora_alpha {config['lora_alpha']!r} where a number was expected")
+    for key in ("lora_alpha", "r"):
+        if not is_number(config.get(key, 8)):
+            raise CorruptCheckpoint(f"{CONFIG} has the {key} {config[key]!r:.40} where a number was expected")
     for key in ("rank_pattern", "alpha_pattern"):
         table = config.get(key) or {}
         if not isinstance(table, dict) or not all(map(is_number, table.values())):
             raise CorruptCheckpoint(f"{CONFIG} has a {key} that is no table of module names to numbers")
         for pattern in table:
             try:
-                re.compile(pattern)
+                re.compile(spelled_out(pattern))
             except re.error as error:
                 raise CorruptCheckpoint(f"{CONFIG}: {pattern!r} in {key} is no regular expression: {error}") from error
 
 
+def names_end(module: str) -> bool:
+    """Whether a module of that name, or that end of one, has a row for each token."""
+    return any(f".{end}".endswith(f".{module}.weight") for end in (*HEADS, *HEADS.values()))
+
+
+def spelled_out(pattern: str) -> str:
+    """A pattern of module names, as PEFT matches it."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    return type(value) in (int, float) and abs(value) <= float_info.max
 
 
 def recorded(path: Path) -> tuple[str | None, bool]:
