@@ -75,18 +75,18 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
-def agreement(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
-    """Spearman's rank correlation of a figure with what is lost; None where one of them does not vary."""
+def agreement(pairs: Sequence[Mapping[str, Any]], figure: str, outcome: str = "lost") -> float | None:
+    """Spearman's rank correlation of a figure with what comes out; None where one of them does not vary."""
     try:
-        return correlation(ranks([pair[figure] for pair in pairs]), ranks([pair["lost"] for pair in pairs]))
+        return correlation(ranks([pair[figure] for pair in pairs]), ranks([pair[outcome] for pair in pairs]))
     except StatisticsError:
         return None
 
 
-def within(pairs: Sequence[Mapping[str, Any]], figure: str) -> float | None:
+def within(pairs: Sequence[Mapping[str, Any]], figure: str, outcome: str = "lost") -> float | None:
     """The mean of the tasks' own agreements: does it order what one patch meets?"""
     of_tasks = ([pair for pair in pairs if pair["task"] == task] for task in {pair["task"] for pair in pairs})
-    found = [agreement(some, figure) for some in of_tasks if len(some) >= FEWEST]
+    found = [agreement(some, figure, outcome) for some in of_tasks if len(some) >= FEWEST]
     told = [one for one in found if one is not None]
     return mean(told) if told else None
 
