@@ -97,11 +97,28 @@ def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
          f"{pair['tuned']:.1%}", f"{pair['ported']:.1%}", f"{pair['lost']:.0%}"]
         for pair in pairs
     ]  # fmt: skip
-    foot = [
-        ["", name, *(in_digits(of(pairs, figure), ".2f") for figure in FIGURES), "", "", "", ""]
+    return table(HEAD, [*lines, *([*cells, "", "", "", ""] for cells in agreements(pairs, FIGURES))])
+
+
+def agreements(pairs: Sequence[Mapping[str, Any]], figures: Sequence[str], outcome: str = "lost") -> list[list[str]]:
+    """A table's foot: each figure's rank correlation with what comes out, over all pairs and within tasks."""
+    return [
+        ["", name, *(in_digits(of(pairs, figure, outcome), ".2f") for figure in figures)]
         for name, of in (("rank correlation", agreement), ("within a task", within))
     ]
-    return table(HEAD, [*lines, *foot])
+
+
+def earlier(output: Path) -> list[dict[str, Any]]:
+    """The pairs that a run before wrote there."""
+    found: list[dict[str, Any]] = json.loads(output.read_text()) if output.exists() else []
+    return found
+
+
+def publish(pairs: Sequence[Mapping[str, Any]], text: str, output: Path) -> None:
+    """Write the pairs, and their table beside them, and print it."""
+    output.write_text(json.dumps(pairs, indent=1) + "\n")
+    output.with_suffix(".txt").write_text(text + "\n")
+    print(text)
 
 
 def main() -> None:
@@ -118,10 +135,8 @@ def main() -> None:
         for key in arguments.stages:
             base = evolved_of(key, arguments.evolved, Path(work))
             fresh += measured(key, base, packaged_model(), arguments.patches, rows)
-    pairs = told_anew(merged(json.loads(arguments.output.read_text()) if arguments.output.exists() else [], fresh), rows)
-    arguments.output.write_text(json.dumps(pairs, indent=1) + "\n")
-    arguments.output.with_suffix(".txt").write_text(shown(pairs) + "\n")
-    print(shown(pairs))
+    pairs = told_anew(merged(earlier(arguments.output), fresh), rows)
+    publish(pairs, shown(pairs), arguments.output)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,16 @@ evolution says how far two trainings are apart by themselves. *Kept* is the suit
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from bench.gate import RESULTS, agreement, within
+from bench.gate import RESULTS, agreements, earlier, publish
 from bench.suite import FEW, PATCHES, STAGES, known_stage, patch_of
 from edgeport.benchmark.results import PORTED, Results, Row
 from edgeport.benchmark.results import shown as in_digits
@@ -68,27 +67,33 @@ def less(one: Factors, other: Factors) -> Factors:
 def changes(base: Source, path: Path) -> dict[str, Factors]:
     """What a patch adds to each weight that it changes. Raises SystemExit where it has whole values."""
     edits = collect_edits(base, [open_patch(path, offline=True)], None)
-    found = {name: factors(of_patch) for name, (of_patch,) in edits.items()}
-    if not all(found.values()):
+    found = {name: change for name, (of_patch,) in edits.items() if (change := factors(of_patch))}
+    if len(found) < len(edits):
         raise SystemExit(f"{path} has values that are no product of factors")
-    return {name: change for name, change in found.items() if change}
+    return found
 
 
-def compared(base: Source, patch: Path, again: Path) -> dict[str, float]:
-    """The figures of a patch and of what the same recipe made again. Raises SystemExit where these change other weights."""
-    ours, theirs = changes(base, patch), changes(base, again)
+def norm_of(base: Source, names: Iterable[str]) -> float:
+    """Of these weights together."""
+    return sqrt(sum(square(decode_rows(base, base.weights[name], range(base.weights[name].rows))) for name in names))
+
+
+def compared(ours: Mapping[str, Factors], theirs: Mapping[str, Factors], whole: float) -> dict[str, float | None]:
+    """The figures of a patch and of what the same recipe made again, given the norm of the weights that they change.
+
+    Raises SystemExit where they change different ones.
+    """
     if ours.keys() != theirs.keys():
-        raise SystemExit(f"{patch} and {again} change different weights; they are not of one recipe")
+        raise SystemExit("a patch and the one that was trained again change different weights; they are not of one recipe")
     first = sum(inner(one, one) for one in ours.values())
     second = sum(inner(one, one) for one in theirs.values())
     product = sum(inner(ours[name], theirs[name]) for name in ours)
     residuals = {name: less(theirs[name], ours[name]) for name in ours}
     residual = sqrt(sum(max(inner(one, one), 0.0) for one in residuals.values()))
-    whole = sqrt(sum(square(decode_rows(base, base.weights[name], range(base.weights[name].rows))) for name in ours))
     return {
         "again": sqrt(second / first), "R": residual / sqrt(first),
         "top": median(largest(residuals[name]) / largest(ours[name]) for name in ours),
-        "cosine": product / sqrt(first * second), "W": whole / residual if residual else inf,
+        "cosine": product / sqrt(first * second), "W": whole / residual if residual else None,
     }  # fmt: skip
 
 
@@ -104,10 +109,15 @@ def measured(base: Source, stages: Sequence[str], refits: Path, patches: Path) -
     """The pairs of which both were trained."""
     for task in TASKS:
         patch = patch_of(patches, task, seed=0)
-        for evolution, again in trained_again(task, stages, refits):
-            if patch.is_dir() and again.is_dir() and not again.samefile(patch):
+        pairs = [(name, again) for name, again in trained_again(task, stages, refits) if again.is_dir()]
+        if not pairs or not patch.is_dir():
+            continue
+        ours = changes(base, patch)
+        whole = norm_of(base, ours)
+        for evolution, again in pairs:
+            if not again.samefile(patch):
                 say(f"{task}: {evolution}")
-                yield {"task": task, "evolution": evolution, **compared(base, patch, again)}
+                yield {"task": task, "evolution": evolution, **compared(ours, changes(base, again), whole)}
 
 
 def told(before: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -122,16 +132,12 @@ def told(before: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]]
 
 def shown(pairs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        [pair["task"], pair["evolution"], *(f"{pair[name]:.3f}" for name in FIGURES[:-1]), f"{pair['W']:.0f}",
+        [pair["task"], pair["evolution"], *(f"{pair[name]:.3f}" for name in FIGURES[:-1]), in_digits(pair["W"], ".0f"),
          in_digits(pair["kept"], ".0%")]
         for pair in pairs
     ]  # fmt: skip
     ported = [pair for pair in pairs if pair["kept"] is not None]
-    foot = [
-        ["", name, *(in_digits(of(ported, figure, "kept"), ".2f") for figure in FIGURES), ""]
-        for name, of in (("rank correlation", agreement), ("within a task", within))
-    ]
-    return table(HEAD, [*lines, *foot])
+    return table(HEAD, [*lines, *([*cells, ""] for cells in agreements(ported, FIGURES, "kept"))])
 
 
 def main() -> None:
@@ -144,14 +150,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.stages and arguments.refits is None:
         parser.error("STAGE without --refits, the folder of what was trained again")
-    before = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     fresh: list[dict[str, Any]] = []
     if arguments.refits:
         fresh += measured(open_model(packaged_model()), arguments.stages, arguments.refits, arguments.patches)
-    pairs = told(before, fresh, Results.read(arguments.suite).rows)
-    arguments.output.write_text(json.dumps(pairs, indent=1) + "\n")
-    arguments.output.with_suffix(".txt").write_text(shown(pairs) + "\n")
-    print(shown(pairs))
+    pairs = told(earlier(arguments.output), fresh, Results.read(arguments.suite).rows)
+    publish(pairs, shown(pairs), arguments.output)
 
 
 if __name__ == "__main__":

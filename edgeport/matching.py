@@ -139,7 +139,7 @@ def check_order(source: Source, edits: Mapping[str, list[list[Edit]]], patches: 
     for name, parts in found.items():
         for index, part in enumerate(parts):
             earlier = max((prod(edit.shape[:-1]) for one in parts[:index] for edit in one), default=0)
-            if any(isinstance(edit, Overwriting) and any(row < earlier for row in edit.own_rows) for edit in part):
+            if any(isinstance(edit, Overwriting) and any(row < earlier for row in edit.whole_rows) for edit in part):
                 raise UnsupportedPatch(
                     f"{called(patches[index].path)} has new tokens in {name}, which would take the place of those of an earlier "
                     "patch; port one of them, or train them as one"

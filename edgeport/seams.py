@@ -183,7 +183,7 @@ class Overwriting(Protocol):
     """What an edit is, besides an `Edit`, that is a change elsewhere and takes some rows as they are: those of new tokens."""
 
     @property
-    def own_rows(self) -> Sequence[int]: ...
+    def whole_rows(self) -> Sequence[int]: ...
 
 
 class Patch(Protocol):

@@ -53,6 +53,11 @@ def is_end(name: str) -> bool:
     return name in HEADS or name in HEADS.values()
 
 
+def names_end(module: str) -> bool:
+    """The same of a module, which the last parts of its name may stand for."""
+    return any(f".{end}".endswith(f".{module}.weight") for end in (*HEADS, *HEADS.values()))
+
+
 def is_tied(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether a model with these weights and that config.json has its embedding as its head."""
     architecture = str(next(iter(config.get("architectures") or ()), ""))

@@ -17,6 +17,7 @@ from edgeport.blocks import decode_rows
 from edgeport.effect import ported
 from edgeport.errors import CorruptCheckpoint, NonFiniteResult, UnsupportedPatch
 from edgeport.locate import open_model, open_patch
+from edgeport.patches.lora import LoraPatch
 from tests.conftest import TinyLlama
 from tests.test_adapter import llama_logits
 from tests.test_lora_against_peft import ATTENTION, load, logits, merged, save_base, save_grown, save_patch
@@ -106,6 +107,20 @@ def test_square_matrices_of_a_model_that_turns_none(tmp_path: Path) -> None:
     edgeport.port(patch=patch, new_base=base, output=tmp_path / "out")
     for key, value in load(tmp_path / "out").state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["lm_head.", "language_model.lm_head."])
+def test_a_head_of_the_patch_s_own_under_either_name(head: str, tmp_path: Path) -> None:
+    """An image model's adapter has the inner name, from transformers before 4.52."""
+    base = save_base(tmp_path / "base")
+    path = save_patch(base, tmp_path / "patch", **WHOLE) / "adapter_model.safetensors"
+    stored = load_file(path)
+    save_file({name.replace(".lm_head.", f".{head}"): value for name, value in stored.items()}, path)
+    patch = open_patch(tmp_path / "patch")
+    assert isinstance(patch, LoraPatch) and patch.names_head and any(head in name for name in patch.stored)
+    save_file({name: value for name, value in stored.items() if "lm_head" not in name}, path)
+    alone = open_patch(tmp_path / "patch")
+    assert isinstance(alone, LoraPatch) and not alone.names_head
 
 
 # ---------------------------------------------------------------- what the config says

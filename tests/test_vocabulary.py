@@ -92,7 +92,9 @@ def test_a_tokenizer_that_is_only_written_otherwise_is_no_news(tiny_llama: TinyL
     base = with_room(tiny_llama)
     patch = save_patch(base, tmp_path / "patch", modules_to_save=["embed_tokens"])
     told = json.loads((base / "tokenizer.json").read_text())
-    for text in (json.dumps(told), "{}", "no tokenizer"):
+    beyond = json.dumps(told).replace('"id": 0', '"id": 1e999', 1)
+    assert "1e999" in beyond
+    for text in (json.dumps(told), beyond, "{}", "no tokenizer"):
         (patch / "tokenizer.json").write_text(text)
         assert "tokenizer" not in plan_notes(base, patch, tmp_path / "out")
 

@@ -81,8 +81,8 @@ class Difference:
     semantics: str = "delta"
 
     @property
-    def own_rows(self) -> Sequence[int]:
-        return range(self.base_rows, prod(self.shape[:-1]))
+    def whole_rows(self) -> Sequence[int]:
+        return range(self.base_rows, height(self.shape))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -114,8 +114,8 @@ class NewRows:
     semantics: str = "delta"
 
     @property
-    def own_rows(self) -> Sequence[int]:
-        return range(self.base_rows, prod(self.shape[:-1]))
+    def whole_rows(self) -> Sequence[int]:
+        return range(self.base_rows, height(self.shape))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -158,9 +158,8 @@ class Replace:
         return "delta" if self.old else "operator"
 
     @property
-    def own_rows(self) -> Sequence[int]:
-        both = min(self.old[1].rows, self.base_rows) if self.old else self.base_rows
-        return range(both, prod(self.shape[:-1]))
+    def whole_rows(self) -> Sequence[int]:
+        return range(in_both(self.old, self.base_rows), height(self.shape))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -215,9 +214,8 @@ class ReplaceRows:
         return "delta" if self.old or all(index >= self.base_rows for index in self.indices) else "operator"
 
     @property
-    def own_rows(self) -> Sequence[int]:
-        both = min(self.old[1].rows, self.base_rows) if self.old else self.base_rows
-        return [index for index in self.indices if index >= both]
+    def whole_rows(self) -> Sequence[int]:
+        return [index for index in self.indices if index >= in_both(self.old, self.base_rows)]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -259,7 +257,17 @@ def whole_granules(source: Source, weight: Weight, rows: range, device: str) -> 
 
 def own_rows(stored: Stored, rows: range, shape: tuple[int, ...]) -> Tensor:
     """Those of the rows that a matrix of that shape has: another patch may grow the vocabulary beyond it."""
-    return stored_rows(stored, within(rows, prod(shape[:-1])), width(shape))
+    return stored_rows(stored, within(rows, height(shape)), width(shape))
+
+
+def in_both(old: tuple[Source, Weight] | None, base_rows: int) -> int:
+    """How many rows the new base has, and the old one where that is known."""
+    return min(old[1].rows, base_rows) if old else base_rows
+
+
+def height(shape: tuple[int, ...]) -> int:
+    """Rows of a weight as a matrix; a vector is one."""
+    return prod(shape[:-1])
 
 
 def width(shape: tuple[int, ...]) -> int:

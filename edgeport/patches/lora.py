@@ -20,10 +20,10 @@ from edgeport.checkpoint import Stored, open_checkpoint, read_json
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, ShapeMismatch, TargetMissing, UnsupportedPatch
 from edgeport.hub import called
 from edgeport.patches.edits import LowRank, NewRows, Replace, ReplaceRows
-from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT, TURNED_LAYERS, TURNED_MODELS, find, is_turned
+from edgeport.patches.names import PEFT_PREFIX, TIED_BY_PEFT, TURNED_MODELS, find, has_turned_name, is_turned
 from edgeport.seams import Edit, Source
 from edgeport.tensor import TensorSpec, Weight
-from edgeport.ties import HEADS, ends, is_end, is_tied
+from edgeport.ties import ends, is_end, is_tied, names_end
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
@@ -169,11 +169,11 @@ class LoraPatch:
             raise UnsupportedPatch(f"{bare}: LoRA on a convolution or another tensor that is no matrix is not merged yet")
         final = self.resized(weight, frozen)
         (rank, inner), (outer, other) = down.shape, up.shape
-        # PEFT goes by the layer, and leaves in its config what it found of the last one, or what it was given for none
+        # PEFT goes by the layer; its config keeps what it found of the last one, and over quantized layers what it was given
         if embedding or new.config.get("model_type") in TURNED_MODELS:
             transposed = embedding or is_turned(bare, new.config)
         elif inner == outer:
-            transposed = bool(self.config.get("fan_in_fan_out")) and bare.rpartition(".")[2] in TURNED_LAYERS
+            transposed = bool(self.config.get("fan_in_fan_out")) and has_turned_name(bare)
         else:
             transposed = final == (inner, outer)
         shape = (inner, outer) if transposed else (outer, inner)
@@ -302,11 +302,6 @@ def check_numbers(config: Mapping[str, Any]) -> None:
                 re.compile(spelled_out(pattern))
             except re.error as error:
                 raise CorruptCheckpoint(f"{CONFIG}: {pattern!r} in {key} is no regular expression: {error}") from error
-
-
-def names_end(module: str) -> bool:
-    """Whether a module of that name, or that end of one, has a row for each token."""
-    return any(f".{end}".endswith(f".{module}.weight") for end in (*HEADS, *HEADS.values()))
 
 
 def spelled_out(pattern: str) -> str:

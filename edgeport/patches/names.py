@@ -72,7 +72,11 @@ LOADED: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 def is_turned(module: str, config: Mapping[str, Any]) -> bool:
     """Whether it is a linear layer that a model with that config.json stores turned."""
-    return config.get("model_type") in TURNED_MODELS and module.rpartition(".")[2] in TURNED_LAYERS
+    return config.get("model_type") in TURNED_MODELS and has_turned_name(module)
+
+
+def has_turned_name(module: str) -> bool:
+    return module.rpartition(".")[2] in TURNED_LAYERS
 
 
 def resolve(name: str, known: Container[str]) -> str | None:
