@@ -51,8 +51,8 @@ class Stage:
     tasks: Mapping[str, Sequence[str]]
 
 
-SOME = dict.fromkeys(("triage", "legs", "chapters", "syllogism", "family"), FEW)
-ALL = {**SOME, "triage": WIDE, "legs": WIDE, "sums": FEW}
+SOME = dict.fromkeys(("triage", "legs", "chapters", "syllogism", "family", "sums"), FEW)
+ALL = {**SOME, "triage": WIDE, "legs": WIDE}
 STAGES = {
     "lora": Stage("LoRA r8", "lora", "handbook", ALL),
     "full": Stage("full parameters", "full", "handbook", ALL),
