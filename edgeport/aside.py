@@ -109,17 +109,10 @@ def attend(conversation: Conversation) -> None:
 
 def here(work: Callable[[], Any]) -> Any:
     """`ask` in this process: what `work` returns, or why it could not be done."""
-    try:
-        return work()
-    except (CorruptCheckpoint, NonFiniteResult):
-        raise
-    except (EdgeportError, MissingExtra) as error:
-        return str(error)
-    except Exception as error:  # which would end a process of its own, and not the port
-        return f"{type(error).__name__}: {error}"
+    return next(within(work() for _ in range(1)))
 
 
-def within(answers: Iterator[dict[str, Any]]) -> Generator[dict[str, Any] | str]:
+def within(answers: Iterator[Any]) -> Generator[Any]:
     """`converse` in this process."""
     try:
         yield from answers
@@ -127,3 +120,5 @@ def within(answers: Iterator[dict[str, Any]]) -> Generator[dict[str, Any] | str]
         raise
     except (EdgeportError, MissingExtra) as error:
         yield str(error)
+    except Exception as error:  # which would end a process of its own, and not the port
+        yield f"{type(error).__name__}: {error}"

@@ -47,11 +47,11 @@ def write_adapter(
                 leading = directions(step, factors.rank, scale, source, staging)
                 up, down = fitted(step, (leading * scale).T, source, staging), leading / scale
             store(factors, adapter.alpha, up, down, staging)
-            change, retention, error = survey(step, source, staging, up, down).figures()
+            figures = survey(step, source, staging, up, down).figures()
         # a tied head that only the adapter tells from the embedding has no fact yet
         fact = told.get(name) or WeightFact(name, "copy", target.shape, step.origin.format, target.format)
         semantics = "+".join(sorted({edit.semantics for edit in step.edits}))
-        told[name] = replace(fact, semantics=semantics, change=change, retention=retention, error=error, beside=True)
+        told[name] = replace(fact, semantics=semantics, **figures, beside=True)
         trim_heap()
     return list(told.values())
 

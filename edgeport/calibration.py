@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from tempfile import mkstemp
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgeport.aside import Watch
+    from edgeport.journal import Journal
     from edgeport.planning import Plan
     from edgeport.staging import Written
 
@@ -110,7 +111,7 @@ class Activations:
         self.handle: int | None = None
         self.answers: Generator[dict[str, Any] | str] | None = None
         self.peak_bytes = 0
-        """Of the process that has run the text."""
+        """Of the process that has run the text, or the largest of those that have."""
         self.tokens = 0
         """That were run."""
         self.unread = False
@@ -119,30 +120,30 @@ class Activations:
         """Why there are none, once that is known."""
 
     def through(
-        self, steps: Sequence[Step], written: Callable[[], Written], done: Container[str], device: str
+        self, steps: Sequence[Step], written: Callable[[], Written], journal: Journal, device: str
     ) -> Iterator[tuple[Step, Inputs | None]]:
         """Every step, in the order in which they are to be taken, with its layer's inputs if its rule wants to see them.
 
         A step is to be carried out before the next is asked for, since the text goes on through what is `written`; those
-        `done` are so already. Raises VerificationFailed where the user insists on a calibrated rule, BrokenOff,
-        CorruptCheckpoint, NonFiniteResult.
+        the `journal` has as done are so already, and where they went without the text the others do. Raises
+        VerificationFailed where the user insists on a calibrated rule, BrokenOff, CorruptCheckpoint, NonFiniteResult.
         """
-        waiting = {step.target.name: step for step in steps if sees_inputs(step) and step.target.name not in done}
+        self.restore(journal.text)
+        waiting = {step.target.name: step for step in steps if sees_inputs(step) and step.target.name not in journal.done}
         for step in steps:
             if step.target.name not in waiting:
                 yield step, None
-        if waiting:
-            begun = any(sees_inputs(step) and step.target.name in done for step in steps)
-            for weight, place in self.heard(steps, list(waiting), written, begun):
+        if waiting and not self.unable:
+            for weight, place in self.heard(steps, list(waiting), written):
                 step = waiting.pop(weight)
                 yield step, self.inputs(step, place, device)
         for step in waiting.values():
             yield step, None
 
     def heard(
-        self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written], begun: bool
+        self, steps: Sequence[Step], weights: Sequence[str], written: Callable[[], Written]
     ) -> Iterator[tuple[str, Place]]:
-        """Each of the weights that a text comes to, and where its layer's inputs are. `begun`: others have seen theirs."""
+        """Each of the weights that a text comes to, and where its layer's inputs are."""
         from edgeport.activations import Course, calibrate
 
         plan = self.plan
@@ -158,7 +159,7 @@ class Activations:
             self.answers = converse("edgeport.activations", course.packed(), self.watch, (self.handle,))
         for answer in self.answers:
             if isinstance(answer, str):
-                if self.peak_bytes or begun:
+                if self.peak_bytes:  # others have seen theirs, here or before an interruption
                     without = f"give --rounding {UNCALIBRATED}" if plan.patches else "leave off --calibration"
                     raise BrokenOff(
                         f"the text that guides the rounding broke off on its way ({answer}), and the weights after it would be "
@@ -171,7 +172,8 @@ class Activations:
                         f"--rounding {wanted} cannot see what the layers are given ({answer}); use --rounding {UNCALIBRATED}"
                     )
                 return
-            self.peak_bytes, self.tokens, self.unread = answer["peak_ram_bytes"], answer["tokens"], answer["unread"]
+            self.peak_bytes = max(self.peak_bytes, answer["peak_ram_bytes"])
+            self.tokens, self.unread = answer["tokens"], answer["unread"]
             yield answer["weight"], Place(*answer["place"])
 
     def inputs(self, step: Step, place: Place, device: str) -> Inputs:
@@ -190,6 +192,17 @@ class Activations:
             rows[place.tokens :] = torch.cat(directions).mul_(EMPHASIS * sqrt(square * place.tokens))
         handle = self.handle
         return Inputs(rows.to(device), square, lambda some: read_drift(handle, place, columns, some).to(device))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For the journal: what has become of the text by now."""
+        return {"peak_ram_bytes": self.peak_bytes, "tokens": self.tokens, "unread": self.unread, "unable": self.unable}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what a journal says; an empty one is of a run that has not come to the text."""
+        if state:
+            self.peak_bytes, self.tokens = state["peak_ram_bytes"], state["tokens"]
+            self.unread, self.unable = state["unread"], state["unable"]
 
     @property
     def notes(self) -> list[str]:

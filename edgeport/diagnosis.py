@@ -18,7 +18,7 @@ from edgeport.run import compute
 from edgeport.seams import Patch, Source
 from edgeport.settling import settled
 from edgeport.steps import Allowed, Rule, cut
-from edgeport.survival import Survival
+from edgeport.survival import Kept, Survival, overall
 
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -33,8 +33,8 @@ class Diagnosis:
     verdict: Verdict
     weights: Mapping[str, Sums]
     """Of the weights that the patches change."""
-    survival: Mapping[str, float]
-    """Of those of them that are quantized, on a sample of rows: the share of the patch that their format keeps."""
+    survival: Mapping[str, Kept]
+    """Of those of them that are quantized, on a sample of rows: what their format keeps of the patch."""
 
     @property
     def layers(self) -> dict[str, Sums]:
@@ -46,14 +46,17 @@ class Diagnosis:
         return dict(sorted(found.items(), key=lambda item: [int(word) if word.isdigit() else -1 for word in item[0].split(".")]))
 
     def to_json(self) -> dict[str, Any]:
-        kept = self.survival
+        kept, whole = self.survival, overall(self.survival)
         return {
             "verdict": self.verdict.verdict, "reason": self.verdict.reason, "patches": list(self.patches),
             "new_base": self.new_base, "old_base": self.old_base, "patched": len(self.weights),
             "all": sum(self.weights.values(), Sums()).figures(),
-            "survival": {"mean": sum(kept.values()) / len(kept), "min": min(kept.values())} if kept else None,
+            "survival": {"mean": whole["mean"], "min": whole["min"]} if whole else None,
             "layers": {name: sums.figures() for name, sums in self.layers.items()},
-            "weights": {name: {**sums.figures(), "kept": kept.get(name)} for name, sums in self.weights.items()},
+            "weights": {
+                name: {**sums.figures(), "kept": kept[name].retention if name in kept else None}
+                for name, sums in self.weights.items()
+            },
         }  # fmt: skip
 
 
@@ -64,7 +67,7 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
     """
     import torch
 
-    def told(verdict: Verdict, weights: Mapping[str, Sums], kept: Mapping[str, float]) -> Diagnosis:
+    def told(verdict: Verdict, weights: Mapping[str, Sums], kept: Mapping[str, Kept]) -> Diagnosis:
         names = tuple(called(patch.path) for patch in patches)
         return Diagnosis(names, called(new.path), called(old.path) if old else None, verdict, weights, kept)
 
@@ -85,8 +88,8 @@ def diagnose(new: Source, patches: Sequence[Patch], old: Source | None) -> Diagn
     return told(verdict, found, kept)
 
 
-def survival(new: Source, item: Item) -> float | None:
-    """The share of the patch that is left when some rows are stored as the new base stores them, without any calibration.
+def survival(new: Source, item: Item) -> Kept | None:
+    """What is left of the patch when some rows are stored as the new base stores them, without any calibration.
 
     None where that is no quantized format, or one that is not written.
     """
@@ -100,4 +103,4 @@ def survival(new: Source, item: Item) -> float | None:
         for rows in sampled(weight.rows, step.granule):
             parts = read_tensors(new, weight, rows)
             compute(step, rows, parts, applied, None, None, found)
-    return found.figures()[1]
+    return found.kept()

@@ -14,6 +14,7 @@ from edgeport.manifest import fingerprint, manifest_of, read_manifest
 from edgeport.places import MANIFEST
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
+from edgeport.survival import TELLING
 from edgeport.ties import is_tied
 
 WORST = 5
@@ -63,7 +64,8 @@ def survival(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     if not patched or not manifest.get("survival"):
         return None
     changes = [fact["change"] for fact in patched if fact["change"] is not None]  # none of a base of zeros
-    worst = sorted(patched, key=lambda fact: float(fact["retention"]))[:WORST]
+    told = [fact for fact in patched if (fact.get("chance") or 0) <= TELLING] or patched
+    worst = sorted(told, key=lambda fact: float(fact["retention"]))[:WORST]
     return {
         **manifest["survival"],
         "weights": len(patched),

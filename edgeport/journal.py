@@ -44,6 +44,8 @@ class Journal:
     done: dict[str, WeightFact] = field(default_factory=dict)
     lines: Sequence[Mapping[str, Any]] = ()
     """Of the weights that are done."""
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """What had become of the text that guides the rounding when the last of them was done (`Activations.state`)."""
     notes: tuple[str, ...] = ()
 
     def begin(self, staging: Path) -> None:
@@ -52,8 +54,9 @@ class Journal:
         anew.write_text("".join(json.dumps(line) + "\n" for line in (self.depends, *self.lines)))
         os.replace(anew, self.path)  # whole, whenever it ends
 
-    def add(self, step: Step, fact: WeightFact, digests: Mapping[str, str]) -> None:
-        line = json.dumps({"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests)}) + "\n"
+    def add(self, step: Step, fact: WeightFact, digests: Mapping[str, str], text: Mapping[str, Any]) -> None:
+        entry = {"weight": step.target.name, "fact": asdict(fact), "sha256": dict(digests), "text": dict(text)}
+        line = json.dumps(entry) + "\n"
         # without a buffer of Python's: thousands of them scatter memory
         with open(self.path, "ab", buffering=0) as file:
             file.write(line.encode())
@@ -81,7 +84,8 @@ def opened(plan: Plan, steps: Sequence[Step], resume: bool) -> Journal:
     check_same(lines[0], depends)
     found = dict(verified(plan, steps, lines[1:]))
     told = f"{len(found)} of {len(steps)} weights were written before an interruption, and are as they were"
-    return Journal(path, depends, resume, found, [line for line in lines[1:] if line.get("weight") in found], (told,))
+    kept = [line for line in lines[1:] if line.get("weight") in found]
+    return Journal(path, depends, resume, found, kept, kept[-1]["text"] if kept else {}, (told,))
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:

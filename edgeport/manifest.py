@@ -17,6 +17,7 @@ from edgeport.errors import CorruptCheckpoint, IncompleteOutput, NotACheckpoint,
 from edgeport.hub import called, commit
 from edgeport.places import MANIFEST, entries, entries_of, listed, manifest_path
 from edgeport.seams import Source
+from edgeport.survival import Kept, overall
 
 if TYPE_CHECKING:
     from edgeport.effect import Effect
@@ -42,6 +43,10 @@ class WeightFact:
     """|change| / |base|; None of a base of zeros"""
     retention: float | None = None
     error: float | None = None
+    norm: float | None = None
+    """|change|"""
+    chance: float | None = None
+    """Standard error of the retention, were what rounding does independent of the change (`survival.Kept`)."""
     beside: bool = False
     """Whether the patch, or what rounding lost of it, is in the adapter beside the model; it counts as stored."""
 
@@ -75,12 +80,11 @@ class Receipt:
 
     @property
     def survival(self) -> dict[str, Any] | None:
-        """Mean and least retention over the patched weights, and the weight that kept least."""
-        kept = {fact.weight: fact.retention for fact in self.facts if fact.retention is not None}
-        if not kept:
-            return None
-        worst = min(kept, key=lambda name: kept[name])
-        return {"mean": sum(kept.values()) / len(kept), "min": kept[worst], "worst": worst}
+        """Retention of the patch as a whole, and the weight that kept least, as `survival.overall` tells them."""
+        return overall({
+            fact.weight: Kept(fact.retention, fact.norm, fact.chance) for fact in self.facts
+            if fact.retention is not None and fact.norm is not None and fact.chance is not None
+        })  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         return {

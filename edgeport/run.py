@@ -87,7 +87,7 @@ def stream(
     ):  # fmt: skip
         journal.begin(staging.folder)
         found: dict[str, WeightFact] = {}
-        for step, seen in activations.through(steps, staging.written, journal.done, lane.device):
+        for step, seen in activations.through(steps, staging.written, journal, lane.device):
             name = step.target.name
             if name in journal.done:
                 found[name] = skip(step, staging, journal, progress)
@@ -98,7 +98,7 @@ def stream(
                 else:
                     found[name] = edit(plan, step, staging, lane, seen, progress)
                 lane.finish()
-                journal.add(step, found[name], journals.digests(step, staging.read))
+                journal.add(step, found[name], journals.digests(step, staging.read), activations.state)
             del seen  # before the next step's inputs come
             trim_heap()
             check_budget(plan.limits)
@@ -186,7 +186,7 @@ def edit(
         step.target.name, step.action, step.target.shape, step.origin.format, step.target.format,
         step.rounding if step.edits or step.chooses_codes else None,
         "+".join(sorted({edit.semantics for edit in step.edits})) or None,
-        *survival.figures(),
+        **survival.figures(),
     )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def refuse_erased(receipt: Receipt) -> None:
     survival = receipt.survival
     if survival and survival["mean"] < LEAST_RETENTION:
         raise PatchLost(
-            f"rounding to the output's format keeps {survival['mean']:.0%} of the patch on average (least: {survival['worst']}, "
+            f"rounding to the output's format keeps {survival['mean']:.0%} of the patch in all (least: {survival['worst']}, "
             f"{survival['min']:.0%}); {INSTEAD}"
         )
 

@@ -67,7 +67,7 @@ def receipt_text(receipt: Receipt) -> str:
         kept = f"{receipt.adapter['path']} ({in_words(receipt.adapter['bytes'])}), beside the model and part of it"
         rows.append(["adapter", kept])
     if survival := receipt.survival:
-        rows.append(["patch kept", f"{survival['mean']:.1%} on average, least {survival['min']:.1%} ({survival['worst']})"])
+        rows.append(["patch kept", f"{survival['mean']:.1%} in all, least {survival['min']:.1%} ({survival['worst']})"])
     if effect := receipt.probe:
         rows.append(["probe", effect_text(effect)])
     elif survival:
@@ -147,5 +147,5 @@ def diagnosis_text(found: Diagnosis) -> str:
     text = table(["patched weights of", *FIGURES], rows) + "\n\n" if rows else ""
     if facts["survival"]:
         kept = facts["survival"]
-        text += f"kept by the new base's own number format: {kept['mean']:.1%} of the patch on average, least {kept['min']:.1%}\n"
+        text += f"kept by the new base's own number format: {kept['mean']:.1%} of the patch in all, least {kept['min']:.1%}\n"
     return f"{text}{found.verdict.verdict}: {found.verdict.reason}"

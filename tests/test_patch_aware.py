@@ -19,7 +19,7 @@ from edgeport.activations import PROBED, Course, calibrate
 from edgeport.aside import converse
 from edgeport.calibration import TOKENS
 from edgeport.demo import ADAPTERS, packaged_model
-from edgeport.errors import BrokenOff, NotACheckpoint, VerificationFailed
+from edgeport.errors import NotACheckpoint, VerificationFailed
 from edgeport.grid import Gridded
 from edgeport.locate import open_model
 from edgeport.memory import IMPORT_BYTES, MIB
@@ -304,39 +304,3 @@ def test_its_room_is_planned(format: str, rows: int, columns: int) -> None:
     scratch = cast(Gridded, codec("ggml")).grid_scratch + rounding.scratch(columns, 256) / rounding.pieces
     planned = rows * columns * (1 + scratch) + rounding.held(columns, 256)
     assert live.peak <= planned <= 4 * live.peak
-
-
-def test_a_text_that_breaks_off_on_its_way_does_not_mix_rules(
-    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the first weight another rule serves all of them; after it none would serve the rest as it did the first."""
-    base, patch = quantized_pair(tiny_llama, tmp_path)
-    heard = calibrate
-
-    def broken(after: int) -> Any:
-        def some(course: Course, watch: Any) -> Any:
-            for number, answer in enumerate(heard(course, watch)):
-                if number == after:
-                    raise VerificationFailed("the text is gone")
-                yield answer
-
-        return some
-
-    monkeypatch.setattr("edgeport.activations.calibrate", broken(3))
-    job: dict[str, Any] = {"patch": patch, "new_base": base, "probe": False}
-    with pytest.raises(BrokenOff, match=r"broke off on its way \(the text is gone\).*give --rounding stochastic"):
-        edgeport.port(**job, output=tmp_path / "out")
-    # nor does a run that goes on, whose own text breaks off before its first weight
-    with pytest.raises(BrokenOff, match="with --resume goes on"):
-        edgeport.port(**job, output=tmp_path / "resumed", resume=True)
-    monkeypatch.setattr("edgeport.activations.calibrate", broken(0))
-    with pytest.raises(BrokenOff, match="broke off on its way"):
-        edgeport.port(**job, output=tmp_path / "resumed", resume=True)
-    monkeypatch.setattr("edgeport.activations.calibrate", heard)
-    receipt = edgeport.port(**job, output=tmp_path / "resumed", resume=True)
-    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"patch-aware"}
-    assert any("weights were written before an interruption" in note for note in receipt.notes)
-    monkeypatch.setattr("edgeport.activations.calibrate", broken(0))
-    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", probe=False)
-    assert {fact.rounding for fact in receipt.facts if fact.action == "patch"} == {"stochastic"}
-    assert "no text was run through the model to guide the rounding: the text is gone" in receipt.notes

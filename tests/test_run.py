@@ -65,6 +65,7 @@ def test_manifest_and_receipt(base: Path, patch: Path, tmp_path: Path) -> None:
     assert len(content["per_weight"]) == receipt.to_json()["patched"] == 14
     old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     factors = load_file(patch / "adapter_model.safetensors")
+    kept = whole = 0.0
     for fact in content["per_weight"]:
         name = "base_model.model." + fact["weight"].removesuffix(".weight")
         exact = factors[f"{name}.lora_B.weight"].double() @ factors[f"{name}.lora_A.weight"].double()
@@ -73,6 +74,9 @@ def test_manifest_and_receipt(base: Path, patch: Path, tmp_path: Path) -> None:
         assert fact["change"] == pytest.approx((exact.norm() / before.norm()).item(), rel=1e-3)
         assert fact["retention"] == pytest.approx(((moved * exact).sum() / exact.square().sum()).item(), abs=1e-3)
         assert fact["error"] == pytest.approx(((moved - exact).norm() / (before + exact).norm()).item(), rel=1e-2)
+        assert fact["norm"] == pytest.approx(exact.norm().item(), rel=1e-3)
+        kept, whole = kept + (moved * exact).sum().item(), whole + exact.square().sum().item()
+    assert content["survival"]["mean"] == pytest.approx(kept / whole, abs=1e-3)
     assert receipt.seconds > 0 and receipt.peak_ram_bytes > receipt.peak_above_import_bytes > 0
     assert receipt.peak_vram_bytes == 0
     assert receipt.bytes_out == sum(receipt.files.values()) == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -94,6 +98,22 @@ def test_a_patch_that_rounding_erases_is_refused(smollm2_gguf: Path, tmp_path: P
     content = json.loads((tmp_path / "out.gguf.edgeport.json").read_text())
     assert content["survival"] == receipt.survival
     assert all(fact["retention"] is not None for fact in content["per_weight"])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_that_is_hardly_changed_decides_nothing(sign: int, base: Path, patch: Path, tmp_path: Path) -> None:
+    """Rounding's noise is any number of times its change, for or against it."""
+    factors = load_file(patch / "adapter_model.safetensors")
+    faint = next(name for name in factors if "layers.1.self_attn.v_proj.lora_B" in name)
+    factors = {name: value * (sign * 1e-4 if name == faint else 1) for name, value in factors.items()}
+    save_file(factors, patch / "adapter_model.safetensors", {"format": "pt"})
+    receipt = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out", quant="nf4", probe=False)
+    kept = {fact.weight: fact.retention for fact in receipt.facts if fact.retention is not None}
+    noise = kept.pop("model.layers.1.self_attn.v_proj.weight")
+    assert abs(noise) > 3, "the example shows nothing"
+    assert receipt.survival is not None and 0.8 < receipt.survival["mean"] < 1.2
+    assert receipt.survival["min"] == min(kept.values())
+    assert edgeport.inspect(tmp_path / "out")["survival"]["min"] == min(kept.values())
 
 
 def test_nan_in_the_base_is_refused_and_named(base: Path, patch: Path, tmp_path: Path) -> None:
