@@ -82,6 +82,7 @@ from bench.spoiling import (
     with_old_base,
     with_patch,
     with_text,
+    with_tokenizer,
     with_turned,
     without,
     wrong_base,
@@ -181,6 +182,10 @@ CASES: dict[str, Case] = {
     "config.json, a list": Case(with_config("[]"), "where a JSON object was expected"),
     "config.json, a size that is a word": Case(
         with_config(hidden_size="wide"), "has the hidden_size 'wide' where a number was expected"),
+    "config.json, a list as the model_type": Case(
+        with_config(model_type=["llama"]), "the model_type ['llama'] where a word was expected"),
+    "config.json, a number among the architectures": Case(
+        with_config(architectures=[3]), "the architectures [3] where a list of words was expected"),
     "config.json, a list of words as a size": Case(
         with_config(num_attention_heads=["one"], model_type="segformer"), "the num_attention_heads ['one'] where a number"),
     "config.json, quantized by the short word, and no tensor is": Case(
@@ -198,10 +203,16 @@ CASES: dict[str, Case] = {
     **{f"{name}, scales of another type": Case(
         with_turned(name, {"scales": np.ones((1, 32), np.int32)}), "scales in one of F16, BF16") for name in ("gptq", "awq")},
     "gptq, another layout": Case(with_turned("gptq", checkpoint_format="gptq_p"), "format 'gptq_p'"),
+    "gptq, a list as the layout": Case(with_turned("gptq", checkpoint_format=["gptq"]), "format ['gptq']"),
+    "gptq, an absurd group size": Case(with_turned("gptq", group_size=10**29), f"says group_size {10**29}"),
     "gptq, g_idx out of range": Case(
         with_turned("gptq", {"g_idx": np.full(HIDDEN, 7, np.int32)}), "g_idx names group 7, and there are 1"),
     "compressed-tensors, no config_groups": Case(
         with_config(quantization_config={"quant_method": "compressed-tensors"}), "has no config_groups"),
+    "compressed-tensors, a list as the type": Case(
+        with_config(quantization_config={
+            "quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"type": ["int"], "num_bits": 4}}}}),
+        "is ['int'] of 4 bits"),
     "compressed-tensors, another scheme": Case(
         with_config(quantization_config={
             "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
@@ -372,6 +383,10 @@ CASES: dict[str, Case] = {
     "vocab_size is a list": Case(with_config(vocab_size=[1]), "config.json says vocab_size [1]"),
     "vocab_size is not the embedding's": Case(
         with_config(vocab_size=300), "the embedding has 320 rows, and config.json says vocab_size 300"),
+    "half of a character in a chat template, gguf": Case(
+        lambda f: port(f, with_text(with_tokenizer(f), "tokenizer_config.json", '{"chat_template": "\\ud83d"}'), None,
+                       "--to", "gguf", to="out.gguf"),
+        "is not text that UTF-8 can hold"),
     "no tokenizer for a GGUF": Case(to_gguf(), "no tokenizer.json"),
     "architecture without a GGUF table": Case(other_architecture, "no GGUF table for MambaForCausalLM"),
     # ONNX
@@ -381,6 +396,8 @@ CASES: dict[str, Case] = {
     "ONNX, a rotary type that depends on the length": Case(
         to_onnx(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic' of config.json is not supported"),
     "ONNX, a setting of the wrong kind": Case(to_onnx(num_attention_heads="four"), "a value of another kind"),
+    "ONNX, a thousand million layers": Case(
+        to_onnx(num_hidden_layers=10**9), "no tensor model.layers.999999999.input_layernorm.weight"),
     "ONNX, a setting missing": Case(to_onnx(hidden_size=None), "config.json says nothing of hidden_size"),
     "ONNX, heads that the fused operator cannot turn": Case(
         to_onnx(num_attention_heads=4, num_key_value_heads=4), "heads of 8 numbers, which onnxruntime's fused attention"),
@@ -411,7 +428,7 @@ CASES: dict[str, Case] = {
     "ONNX input, the weights cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx.data", 99)), "model.onnx.data"),
     "ONNX input, no config.json": Case(of_onnx(lambda o: (o / "config.json").unlink()), "and no config.json"),
     "ONNX input, another config.json": Case(
-        of_onnx(another_config), "export it anew"),
+        of_onnx(another_config), "no tensor model.layers.1.input_layernorm.weight, which config.json calls for"),
     # verify
     "verify, a byte has changed": Case(tampered(changed_byte), "model.safetensors has changed since"),
     "verify, a file is shorter": Case(

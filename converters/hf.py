@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.hf_quants import BITSANDBYTES, METHODS, QUANTS, WHOLE_NUMBERS, Quant, choose, is_linear
-from edgeport.checkpoint import Stored, open_checkpoint, read_json, read_lines, read_range, safetensors_bytes
+from edgeport.checkpoint import Stored, open_checkpoint, read_config, read_json, read_lines, read_range, safetensors_bytes
 from edgeport.codecs.plain import TYPES
 from edgeport.errors import (
     AmbiguousFormat,
@@ -122,7 +122,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def open_folder(path: Path) -> Folder:
     if not (path / "config.json").is_file():
         raise NotACheckpoint(f"{path} has no config.json; a transformers model folder was expected")
-    config = read_json(path / "config.json")
+    config = read_config(path)
     mlx = config.get("quantization")
     quantization = config.get("quantization_config") or (mlx if isinstance(mlx, dict) and "bits" in mlx else None)
     if quantization and (method := quant_method(quantization)) not in METHODS:

@@ -21,6 +21,7 @@ POSITIVE = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
     "beta_fast", "beta_slow",
 )  # fmt: skip
+NO_ANGLES = "config.json has the rotary settings {}, of which no angles can be made"
 
 
 def is_positive(value: Any) -> bool:
@@ -43,6 +44,12 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("original_max_position_embeddings") and rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return rope
+
+
+def check_positive(rope: Mapping[str, Any]) -> None:
+    """Raises ConvertError for a number of which no angles can be made."""
+    if wrong := [f"{name} {rope[name]!r}" for name in POSITIVE if name in rope and not is_positive(rope[name])]:
+        raise ConvertError(NO_ANGLES.format(", ".join(wrong)))
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
@@ -81,11 +88,9 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, positions: int) -> tuple
         raise UnsupportedArchitecture(f"the rotary settings {', '.join(refused)} of config.json are not supported")
     if kind in ("linear", "yarn") and "factor" not in rope:
         raise ConvertError(f"config.json gives rope_type {kind!r} without a factor")
-    wrong = [f"{name} {rope[name]!r}" for name in POSITIVE if name in rope and not is_positive(rope[name])]
-    if not wrong and kind == "llama3" and not rope.get("low_freq_factor", 1.0) < rope.get("high_freq_factor", 4.0):
-        wrong.append("a low_freq_factor that is not below high_freq_factor")
-    if wrong:
-        raise ConvertError(f"config.json has the rotary settings {', '.join(wrong)}, of which no angles can be made")
+    check_positive(rope)
+    if kind == "llama3" and not rope.get("low_freq_factor", 1.0) < rope.get("high_freq_factor", 4.0):
+        raise ConvertError(NO_ANGLES.format("a low_freq_factor that is not below high_freq_factor"))
     plain = 1 / np.power(float(rope["rope_theta"]), np.arange(0, head_dim, 2) / head_dim)
     if kind == "linear":
         plain = plain / rope["factor"]

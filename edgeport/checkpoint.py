@@ -75,6 +75,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A transformers model's config.json. Raises CorruptCheckpoint."""
+    config = read_json(folder / "config.json")
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    if kind is not None and not isinstance(kind, str):
+        raise CorruptCheckpoint(f"config.json has the model_type {kind!r:.40} where a word was expected")
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise CorruptCheckpoint(f"config.json has the architectures {classes!r:.40} where a list of words was expected")
+    return config
+
+
 def open_checkpoint(path: Path) -> dict[str, Stored]:
     """The tensors of a `.safetensors`, `.bin`, `.pt` or `.pth` file, in the order of their bytes."""
     if not path.is_file():

@@ -442,7 +442,7 @@ def test_models_whose_linear_layers_are_not_known_are_refused(tiny_llama: TinyLl
         edgeport.export(model=base, output=tmp_path / "out", to="hf", quant="nf4dq")
 
 
-KINDS = ["shape", "size", "text", "count", "dtype", "kind", "list", "deep", "bytes", "absmax", "codes", "large"]
+KINDS = ["shape", "size", "text", "count", "dtype", "kind", "list", "deep", "bytes", "absmax", "codes", "large", "words"]
 
 
 def damage(tensors: dict[str, torch.Tensor], name: str, kind: str) -> None:
@@ -451,6 +451,7 @@ def damage(tensors: dict[str, torch.Tensor], name: str, kind: str) -> None:
     table |= {
         "shape": {"shape": [-4, -1024]}, "size": {"blocksize": 0}, "text": {"blocksize": "64"},
         "count": {"shape": [64, 63]}, "dtype": {"dtype": "float8"}, "kind": {"quant_type": "fp4"},
+        "words": {"dtype": ["float32"]},
     }.get(kind, {})  # fmt: skip
     text = {"list": b"[]", "deep": b"[" * 60_000, "bytes": b"\xff\xfe"}.get(kind, json.dumps(table).encode())
     tensors[state] = torch.tensor(list(text), dtype=torch.uint8)
@@ -469,7 +470,7 @@ def test_a_damaged_4_bit_weight_is_refused_by_name(kind: str, tiny_llama: TinyLl
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     damage(tensors, name, kind)
     save_file(tensors, tmp_path / "out" / "model.safetensors")
-    with pytest.raises(AmbiguousFormat if kind == "dtype" else CorruptCheckpoint, match=name):
+    with pytest.raises(AmbiguousFormat if kind in ("dtype", "words") else CorruptCheckpoint, match=name):
         open_model(tmp_path / "out")
 
 

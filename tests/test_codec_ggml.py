@@ -154,6 +154,18 @@ def test_importance_moves_the_error(format: str) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("format", WRITABLE)
+def test_columns_of_no_importance_at_all_are_not_lost(format: str) -> None:
+    """As in llama-imatrix's sums for channels that a text never moved: ggml's encoders write zeros for such blocks."""
+    matrix, unheard = normal(8, 512), torch.ones(512)
+    unheard[:288] = 0  # whole blocks, and of a K-quant's second block of 256 the first of its groups
+    even = encode(format, matrix, torch.ones(512))
+    assert torch.equal(encode(format, matrix, torch.zeros(512)), even)
+    found, usual = (decode(format, (8, 512), stored) for stored in (encode(format, matrix, unheard), even))
+    for some in (slice(0, 256), slice(256, 288), slice(288, 512)):
+        assert (found - matrix)[:, some].norm() < 1.2 * (usual - matrix)[:, some].norm()
+
+
 def test_importance_of_another_size() -> None:
     with pytest.raises(CodecError, match=r"importance has shape \(7,\).* 256 columns"):
         encode("Q4_K", normal(2, 256), torch.ones(7))

@@ -218,6 +218,41 @@ def test_what_llama_cpp_would_ignore_is_refused(name: str, changes: dict[str, An
         family(config).metadata(config)
 
 
+@pytest.mark.parametrize(("name", "rope"), [
+    ("llama", {"rope_type": "default", "rope_theta": math.nan}),
+    ("qwen2", {"rope_type": "default", "rope_theta": -1e4}),
+    ("llama", {"rope_type": "linear", "factor": 0.0}),
+    ("gemma2", {"rope_type": "linear", "factor": -2.0}),
+    ("llama", {**LLAMA3, "factor": 0.0}),
+    ("qwen2", {**YARN, "factor": math.inf}),
+])  # fmt: skip
+def test_rotary_settings_of_which_no_angles_can_be_made(name: str, rope: dict[str, Any]) -> None:
+    config = as_json(name) | {"rope_parameters": rope}
+    with pytest.raises(ConvertError, match="no angles can be made"):
+        family(config).metadata(config)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [
+    ("llama", "model.layers.0.self_attn.q_proj"), ("llama", "model.layers.1.mlp.up_proj"), ("qwen3", "lm_head"),
+    ("qwen2", "model.layers.0.self_attn.o_proj"), ("qwen2", "model.norm"), ("mistral", "model.layers.0.input_layernorm"),
+])  # fmt: skip
+def test_biases_that_config_json_does_not_call_for_are_refused(name: str, tensor: str) -> None:
+    """transformers leaves them out; llama.cpp adds them, or does not load the file."""
+    config = as_json(name)
+    with pytest.raises(UnmappedTensor, match=rf"does not call for the tensor {tensor}\.bias"):
+        family(config).tensor(f"{tensor}.bias", config)
+    switched = as_json("llama") | {"attention_bias": True, "mlp_bias": True}
+    names = [f"model.layers.0.{module}.bias" for module in ("self_attn.o_proj", "mlp.down_proj")]
+    assert [family_of("llama").tensor(name, switched)[0] for name in names] == ["blk.0.attn_output.bias", "blk.0.ffn_down.bias"]
+
+
+def test_null_heads_of_keys_are_as_many_as_of_queries() -> None:
+    """In transformers, too; the family's default is for a config.json without a word."""
+    config = as_json("qwen2") | {"num_key_value_heads": None}
+    assert plain(family(config).metadata(config))["qwen2.attention.head_count_kv"] == config["num_attention_heads"]
+    assert AutoConfig.for_model("qwen2", num_key_value_heads=None, num_attention_heads=8).num_key_value_heads == 8
+
+
 @pytest.mark.parametrize(("name", "changes"), [
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 4, "layer_types": ["full_attention"] * 12}),
     ("qwen3", {"use_sliding_window": True, "max_window_layers": 12, "layer_types": None}),

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import edgeport
+from converters.gguf.header import read_header
 from tests.conftest import TinyLlama
 from tests.test_adapter import save_patch
 
@@ -128,3 +129,20 @@ def test_an_extracted_patch_brings_the_tokens_that_its_rows_are_of(tiny_llama: T
     patch = edgeport.extract(old_base=base, tuned=tmp_path / "tuned", output=tmp_path / "patch", full=True).output
     out = edgeport.port(patch=patch, new_base=base, output=tmp_path / "out").output
     assert pieces(base) > pieces(patch) == pieces(out) == 1
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_chat_template_stays_where_the_grown_tokenizer_has_none(own: bool, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """In a GGUF as in a folder, whatever the base is stored in."""
+    base = tiny_llama()
+    (base / "chat_template.jinja").write_text("{{ messages }} of the base")
+    patch = grown(base, tmp_path / "patch")
+    (patch / "chat_template.jinja").unlink()
+    if own:
+        (patch / "chat_template.jinja").write_text("{{ messages }} of the patch")
+    quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="f32").output
+    for name, model in (("folder", base), ("gguf", quantized)):
+        out = edgeport.port(patch=patch, new_base=model, output=tmp_path / f"{name}.gguf", to="gguf", quant="f32", probe=False)
+        header = read_header(out.output)
+        assert header.value("tokenizer.chat_template") == "{{ messages }} of the " + ("patch" if own else "base")
+        assert OWN[0] in header.value("tokenizer.ggml.tokens")

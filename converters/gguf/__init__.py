@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 FLOAT_TYPES = ("BF16", "F16", "F32")
+TEMPLATE = "tokenizer.chat_template"
+"""How the keys of chat templates begin."""
 
 
 class Gguf:
@@ -137,8 +139,11 @@ def described(
         left = ("split.", "quantize.imatrix.") if target.quant else ("split.",)
         metadata |= {key: field for key, field in source.metadata.items() if not key.startswith(left)}
         if target.assets:
-            metadata = {key: field for key, field in metadata.items() if not key.startswith("tokenizer.")}
-            metadata |= tokenizer(target.assets, target.config)
+            told = tokenizer(target.assets, target.config)
+            # a chat template is the base's where the new tokenizer comes without one, as in a folder
+            kept = () if any(key.startswith(TEMPLATE) for key in told) else (TEMPLATE,)
+            metadata = {key: field for key, field in metadata.items() if not key.startswith("tokenizer.") or key.startswith(kept)}
+            metadata |= told
         if f"{family.arch}.vocab_size" in metadata:
             metadata[f"{family.arch}.vocab_size"] = (ValueType.UINT32, target.config["vocab_size"])
     else:

@@ -15,8 +15,8 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from converters.gguf.keyvalues import KV, kv
-from converters.rotary import LLAMA3_DEFAULTS, is_positive, llama3_factors, rotary_settings
-from converters.shapes import ATTENTION, FEED_FORWARD, Shapes, check_sizes
+from converters.rotary import LLAMA3_DEFAULTS, check_positive, is_positive, llama3_factors, rotary_settings
+from converters.shapes import ATTENTION, FEED_FORWARD, QUERY_KEY_VALUE, Shapes, check_sizes
 from edgeport.errors import ConvertError, CorruptCheckpoint, UnmappedTensor, UnsupportedArchitecture, need
 from edgeport.tensor import AS_IS, Arrangement
 
@@ -98,6 +98,8 @@ class Family:
     norm_shift: float = 0.0
     biased: tuple[str, ...] = ()
     """config.json's switches for bias terms that llama.cpp has."""
+    always_biased: tuple[str, ...] = ()
+    """Linear layers of a decoder layer that have bias terms whatever config.json says."""
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     defaults: tuple[tuple[str, Any], ...] = ()
     """What this family's config.json may leave out."""
@@ -112,6 +114,7 @@ class Family:
         lacks a setting.
         """
         config = self.full(config)
+        check_positive(rotary_settings(config))
         self._check(config)
         metadata = {"general.architecture": kv("STRING", self.arch)}
         for key, name, kind in self.settings:
@@ -205,7 +208,16 @@ class Family:
         target = _names(self.arch).get(template)
         if target is None or not suffix or (layer is not None and int(layer) >= config["num_hidden_layers"]):
             raise UnmappedTensor(f"a GGUF of {self.arch} has no place for the tensor {hf_name}")
+        if suffix == ".bias" and template.split(".", 3)[-1] not in self.with_bias(config):
+            raise UnmappedTensor(
+                f"config.json does not call for the tensor {hf_name}, which transformers leaves out and llama.cpp would add"
+            )
         return target.format(layer) + suffix, self._arrangement(template, suffix, config)
+
+    def with_bias(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The linear layers of a decoder layer that have bias terms."""
+        switched = ATTENTION * bool(config.get("attention_bias")) + FEED_FORWARD * bool(config.get("mlp_bias"))
+        return self.always_biased + switched
 
     def hf_name(self, gguf_name: str) -> str:
         """The transformers name of a GGUF tensor. Raises UnmappedTensor."""
@@ -234,7 +246,8 @@ class Family:
 
     def full(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` with what transformers fills in."""
-        full = {**dict(self.defaults), **{name: value for name, value in config.items() if value is not None}}
+        # null is a value too, and not the default: as many heads of keys as of queries
+        full = {name: value for name, value in {**dict(self.defaults), **config}.items() if value is not None}
         if "num_attention_heads" in full and "hidden_size" in full:
             full.setdefault("num_key_value_heads", full["num_attention_heads"])
             # no heads at all are for `check` to refuse
@@ -322,7 +335,7 @@ FAMILIES = (
         ),
         sandwich=True,
     ),
-    Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), defaults=_QWEN_DEFAULTS),
+    Family("qwen2", ("Qwen2ForCausalLM",), ("qwen2",), defaults=_QWEN_DEFAULTS, always_biased=QUERY_KEY_VALUE),
     Family("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), defaults=(*_QWEN_DEFAULTS, ("head_dim", 128)), query_key_norm=True),
 )
 

@@ -108,7 +108,10 @@ def encode_bytes(kind: ValueType, value: Any) -> bytes:
     if kind == ValueType.ARRAY:
         return encode(kind, value).raw
     if kind == ValueType.STRING:
-        text = value if isinstance(value, bytes | bytearray) else str(value).encode()
+        try:
+            text = value if isinstance(value, bytes | bytearray) else str(value).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character
+            raise ConvertError(f"{str(value)[:64]!r} is not text that UTF-8 can hold: {error.reason}") from error
         return LENGTH.pack(len(text)) + text
     try:
         return struct.pack("<" + CODES[kind], value)

@@ -134,7 +134,7 @@ class Onnx:
         chosen = settings(target, source)
         if found := encoder(target.config):
             return traced.sink(found, source, target, chosen)
-        decoder = family(target.config).decoder(target.config).given(source.weights)
+        decoder = family(target.config).decoder(target.config, source.weights)
         if target.token_embedding_type and decoder.tied and chosen.embedding != chosen.head:
             raise ConvertError(one_table(chosen))
         tokens = genai.tokens(target.config, generation(source, target))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converters.rotary import frequencies, rotary_settings
-from converters.shapes import ATTENTION, FEED_FORWARD, FINAL_NORM, QUERY_KEY_VALUE, Shapes, check_sizes
+from converters.shapes import ATTENTION, FEED_FORWARD, FINAL_NORM, NORMS, QUERY_KEY_VALUE, Shapes, check_sizes
 from edgeport.encoders import ENCODERS
-from edgeport.errors import ConvertError, UnmappedTensor, UnsupportedArchitecture
+from edgeport.errors import ConvertError, MissingTensor, UnmappedTensor, UnsupportedArchitecture
 from edgeport.tensor import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -47,10 +47,6 @@ class Decoder(Shapes):
     norm_shift: float
     """What is added to the stored weight of a norm."""
     tied: bool
-
-    def given(self, names: Container[str]) -> Decoder:
-        """With the weights of these names: a head that is stored is one of its own, whatever config.json says."""
-        return replace(self, tied=self.tied and HEAD not in names)
 
     def has_bias(self, module: str) -> bool:
         """Of a linear layer by its full name."""
@@ -89,8 +85,11 @@ class Family:
     defaults: tuple[tuple[str, Any], ...] = ()
     """What config.json may leave out."""
 
-    def decoder(self, config: Config) -> Decoder:
-        """Raises UnsupportedArchitecture, ConvertError."""
+    def decoder(self, config: Config, names: Container[str]) -> Decoder:
+        """Of a model that has weights of these names: a head that is stored is one of its own, whatever config.json says.
+
+        Raises UnsupportedArchitecture, ConvertError, MissingTensor.
+        """
         # null is a value too: a Mistral whose sliding_window is null has none, whatever the default
         given = {name: value for name, value in {**dict(self.defaults), **config}.items() if value is not None}
         try:
@@ -98,6 +97,9 @@ class Family:
             head_dim, positions = given.get("head_dim", hidden // heads), given["max_position_embeddings"]
             check_sizes(given, head_dim, given.get("num_key_value_heads", heads))
             angles, rotary_scale = frequencies(rotary_settings(given), head_dim, positions)
+            # before anything is made for each layer that config.json promises
+            if (last := f"model.layers.{layers - 1}.{NORMS[0]}.weight") not in names:
+                raise MissingTensor(f"the model has no tensor {last}, which config.json calls for")
             self.refuse(given, layers)
             gemma = self.sandwich
             return Decoder(
@@ -114,7 +116,7 @@ class Family:
                 softcap=float(given.get("attn_logit_softcapping", 0)) if gemma else 0.0,
                 final_softcap=float(given.get("final_logit_softcapping", 0)) if gemma else 0.0,
                 embedding_scale=hidden**0.5 if gemma else 1.0, activation=self.activation, norm_shift=float(gemma),
-                tied=bool(given.get("tie_word_embeddings", gemma)),
+                tied=bool(given.get("tie_word_embeddings", gemma)) and HEAD not in names,
             )  # fmt: skip
         except KeyError as error:
             raise ConvertError(f"config.json says nothing of {error.args[0]}, which the graph of {self.name} needs") from error

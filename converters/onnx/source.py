@@ -14,7 +14,7 @@ from converters.onnx.folder import ABOUT, MODEL, Stored, begin
 from converters.onnx.precisions import PRECISIONS, read_settings
 from converters.onnx.traced import TRACED
 from converters.onnx.traced_source import TracedSource, open_traced
-from edgeport.checkpoint import read_json
+from edgeport.checkpoint import read_config
 from edgeport.errors import CorruptCheckpoint, NotACheckpoint, need
 from edgeport.registry import codec
 from edgeport.tensor import EMBEDDING, HEAD, Weight
@@ -72,7 +72,7 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
     """Raises NotACheckpoint for another program's ONNX, CorruptCheckpoint."""
     if not (path / "config.json").is_file():
         raise NotACheckpoint(f"{path} has a {MODEL} and no config.json: it is not an output of edgeport, or not a whole one")
-    config, model = read_json(path / "config.json"), read_model(path / MODEL)
+    config, model = read_config(path), read_model(path / MODEL)
     about = {entry.key: entry.value for entry in model.metadata_props}.get(ABOUT)
     if about is None:
         raise NotACheckpoint(
@@ -87,7 +87,7 @@ def open_folder(path: Path) -> OnnxSource | TracedSource:
     places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in model.graph.initializer}
     if TRACED in told:
         return open_traced(path, config, model, told)
-    decoder = family(config).decoder(config).given(places)
+    decoder = family(config).decoder(config, places)
     names = [name for name in decoder.names() if name != HEAD or not decoder.tied]
     try:
         settings = read_settings(about)

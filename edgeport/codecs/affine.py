@@ -213,7 +213,7 @@ def turned_layer(layer: str, specs: Mapping[str, TensorSpec]) -> tuple[TensorSpe
 def told_group(told: Mapping[str, Any]) -> int:
     """The group_size of a quantization_config; -1: all columns are one. Raises AmbiguousFormat."""
     group = told.get("group_size", 128)
-    if type(group) is not int or not (group == -1 or group > 0):
+    if type(group) is not int or not (group == -1 or 0 < group < 1 << 31):
         raise AmbiguousFormat(f"quantization_config says group_size {group!r}; a positive number or -1 was expected")
     return group
 

@@ -264,7 +264,8 @@ def parse_state(packed: bytes) -> tuple[tuple[int, ...], State]:
     sizes = (state.blocksize, *shape)
     if not shape or not all(type(n) is int and 0 < n < 1 << 48 for n in sizes) or type(nested) is not int or nested < 0:
         raise CorruptCheckpoint(f"its quant_state has an impossible shape or block size: {list(shape)}, {state.blocksize}")
-    if state.quant_type not in LEVELS or state.dtype not in DTYPES or state.blocksize not in BLOCK_SIZES:
+    named = isinstance(state.quant_type, str) and isinstance(state.dtype, str)
+    if not named or state.quant_type not in LEVELS or state.dtype not in DTYPES or state.blocksize not in BLOCK_SIZES:
         raise AmbiguousFormat(f"edgeport does not know {state.quant_type} of {state.dtype} in blocks of {state.blocksize}")
     return shape, state
 

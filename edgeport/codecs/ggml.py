@@ -89,6 +89,9 @@ Kernel = Callable[["Tensor", "Tensor | None"], "Tensor"]
 KERNELS: dict[str, Kernel] = {}
 """Encoders of our own by format name; a format that has none is encoded by ggml."""
 
+SCALED = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
+"""Columns that share a scale; 32 where nothing is said."""
+
 LARGEST = 1e15
 """From 1e16 on, squares overflow in ggml's search for a scale, and its own check does not notice."""
 
@@ -146,6 +149,7 @@ class Ggml:
             raise CodecError(
                 f"importance has shape {tuple(importance.shape)}, where rows have {weight.columns} columns"
             )
+        importance = None if importance is None else telling(importance, SCALED.get(weight.format, 32))
         kernel = KERNELS.get(weight.format)
         if kernel is not None:
             return {"data": kernel(matrix, importance)}
@@ -187,6 +191,12 @@ def _dequantize(stored: Any, format: str, matrix: Any) -> None:
         with np.errstate(all="ignore"):
             values = gguf.dequantize(some.reshape(1, -1), kind)
         matrix[first * block.size : first * block.size + values.size] = values[0]
+
+
+def telling(importance: Tensor, group: int) -> Tensor:
+    """[columns], with ones for columns that share a scale and are all of no importance: ggml's encoders write zeros there."""
+    groups = importance.reshape(-1, group)
+    return groups.where(groups.any(1, keepdim=True), 1.0).reshape(-1)
 
 
 def _quantize(format: str, matrix: Tensor, importance: Tensor | None) -> Tensor:

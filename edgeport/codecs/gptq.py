@@ -173,7 +173,8 @@ def told_packing(told: Mapping[str, Any]) -> tuple[int, int]:
     bits, word = told.get("bits"), told.get("pack_dtype", "int32")
     marlin = "marlin" if told.get("is_marlin_format") else None
     format = told.get("checkpoint_format") or told.get("format") or marlin or "gptq"
-    if type(bits) is not int or bits not in BITS or format not in VERSIONS or word != "int32":
+    named = isinstance(format, str) and format in VERSIONS
+    if type(bits) is not int or bits not in BITS or not named or word != "int32":
         raise AmbiguousFormat(
             f"quantization_config says {bits!r} bits, format {format!r}, packed in {word}; edgeport reads "
             f"{', '.join(map(str, BITS))} bits of {' and '.join(VERSIONS)}, packed in int32"

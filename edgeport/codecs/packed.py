@@ -173,7 +173,7 @@ def told_schemes(told: Mapping[str, Any]) -> set[tuple[str, int, int]]:
         kind, bits, group = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("group_size")
         strategy = weights.get("strategy") or ("group" if group not in (None, -1) else "channel")
         layout = scheme.get("format") or told.get("format")
-        read_as = {"int": ("pack-quantized",), "float": ("float-quantized", "naive-quantized")}.get(kind, ())
+        read_as = {"int": ("pack-quantized",), "float": ("float-quantized", "naive-quantized")}.get(str(kind), ())
         able = (kind == "int" and bits in BITS and strategy in ("group", "channel")) or (
             kind == "float" and bits == 8 and strategy in ("tensor", "channel")
         )
