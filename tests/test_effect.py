@@ -237,7 +237,7 @@ def test_a_process_of_its_own_says_the_same_and_keeps_to_its_bound(base: Path, p
     plan = edgeport.plan(**common, output=tmp_path / "a.gguf")
     told: list[str] = []
     edgeport.port(**common, output=tmp_path / "there.gguf", probe=False)
-    there = probing.beside(job(base, patch, tmp_path / "there.gguf", tokens=256), told.append)
+    there = probing.beside(job(base, patch, tmp_path / "there.gguf", tokens=plan.probing.tokens), told.append)
     assert here is not None and not isinstance(there, str)
     assert there.kept == pytest.approx(here.kept, rel=1e-4) and there.kl == pytest.approx(here.kl, rel=1e-3, abs=1e-7)
     assert told == [f"probe: layer {n} of 6" for n in range(1, 7)]
