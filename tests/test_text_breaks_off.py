@@ -14,6 +14,7 @@ from edgeport.activations import Course, calibrate
 from edgeport.errors import BrokenOff, VerificationFailed
 from tests.conftest import TinyLlama
 from tests.test_patch_aware import quantized_pair
+from tests.test_resume import stopping
 
 
 def test_a_text_that_breaks_off_on_its_way_does_not_mix_rules(
@@ -62,19 +63,11 @@ def test_a_text_that_breaks_off_on_its_way_does_not_mix_rules(
 def stop_at(weight: int, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as that patched weight is begun, or, after the last one, as the manifest is written."""
     with monkeypatch.context() as context:
-        begun, edit = 0, run.edit
-
-        def stopping(*arguments: Any) -> Any:
-            nonlocal begun
-            begun += 1
-            if begun == weight:
-                raise KeyboardInterrupt
-            return edit(*arguments)
 
         def sealing(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        context.setattr(run, "edit", stopping)
+        context.setattr(run, "edit", stopping(weight))
         context.setattr(run, "write_manifest", sealing)
         with pytest.raises(KeyboardInterrupt):
             edgeport.port(**job)
