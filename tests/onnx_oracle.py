@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -80,11 +79,12 @@ def stored_weights(output: Path, model: Any, bits: int, head_bits: int | None = 
     portable = not any(node.domain for node in stored.graph.node)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in stored.graph.initializer}
     weights: dict[str, torch.Tensor] = {}
+    head = "lm_head" if any("lm_head" in name for name in arrays) else "embed_tokens"  # of a tied model one table is both
     for name, values in arrays.items():
         name = name.removesuffix(".rows")
         if name.endswith((".scales", ".zero_points")) or name.startswith("constant") or name in weights:
             continue
-        wide = (head_bits or bits) if re.search("embed_tokens|lm_head", name) else bits
+        wide = (head_bits or bits) if head in name else bits
         if f"{name}.scales" in arrays:
             values = unpacked(values, arrays[f"{name}.scales"], arrays.get(f"{name}.zero_points"), wide, portable)
         prefix, joined, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", *name.split("."))
