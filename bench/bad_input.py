@@ -427,8 +427,10 @@ CASES: dict[str, Case] = {
     "ONNX input, the graph cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx", 99)), "is not an ONNX model"),
     "ONNX input, the weights cut short": Case(of_onnx(lambda o: os.truncate(o / "model.onnx.data", 99)), "model.onnx.data"),
     "ONNX input, no config.json": Case(of_onnx(lambda o: (o / "config.json").unlink()), "and no config.json"),
-    "ONNX input, another config.json": Case(
-        of_onnx(another_config), "no tensor model.layers.1.input_layernorm.weight, which config.json calls for"),
+    "ONNX input, another config.json": Case(of_onnx(lambda o: another_config(o, attention_bias=True)), "export it anew"),
+    "ONNX input, a config.json of more layers": Case(
+        of_onnx(lambda o: another_config(o, num_hidden_layers=2)),
+        "no tensor model.layers.1.input_layernorm.weight, which config.json calls for"),
     # verify
     "verify, a byte has changed": Case(tampered(changed_byte), "model.safetensors has changed since"),
     "verify, a file is shorter": Case(

@@ -453,9 +453,9 @@ def of_onnx(change: Callable[[Path], object]) -> Make:
     return make
 
 
-def another_config(folder: Path) -> None:
+def another_config(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    with_text(folder, "config.json", json.dumps(config | {"num_hidden_layers": 2}))
+    with_text(folder, "config.json", json.dumps(config | settings))
 
 
 def foreign_onnx(folder: Path) -> None:

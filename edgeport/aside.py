@@ -109,7 +109,11 @@ def attend(conversation: Conversation) -> None:
 
 def here(work: Callable[[], Any]) -> Any:
     """`ask` in this process: what `work` returns, or why it could not be done."""
-    return next(within(work() for _ in range(1)))
+
+    def once() -> Iterator[Any]:
+        yield work()
+
+    return next(within(once()))
 
 
 def within(answers: Iterator[Any]) -> Generator[Any]:

@@ -14,7 +14,7 @@ from edgeport.manifest import fingerprint, manifest_of, read_manifest
 from edgeport.places import MANIFEST
 from edgeport.registry import patch_kinds
 from edgeport.seams import Patch, Source
-from edgeport.survival import TELLING
+from edgeport.survival import telling
 from edgeport.ties import is_tied
 
 WORST = 5
@@ -64,8 +64,9 @@ def survival(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     if not patched or not manifest.get("survival"):
         return None
     changes = [fact["change"] for fact in patched if fact["change"] is not None]  # none of a base of zeros
-    told = [fact for fact in patched if (fact.get("chance") or 0) <= TELLING] or patched
-    worst = sorted(told, key=lambda fact: float(fact["retention"]))[:WORST]
+    kept = {fact["weight"]: float(fact["retention"]) for fact in patched}
+    # manifests of before have no standard errors
+    worst = sorted(telling({fact["weight"]: fact.get("chance") or 0.0 for fact in patched}), key=kept.__getitem__)[:WORST]
     return {
         **manifest["survival"],
         "weights": len(patched),
@@ -73,7 +74,7 @@ def survival(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
         "mean_error": sum(fact["error"] for fact in patched) / len(patched),
         "rounding": dict(Counter(fact["rounding"] or "none" for fact in patched).most_common()),
         "formats": dict(Counter(fact["stored"] for fact in patched).most_common()),
-        "least": {fact["weight"]: fact["retention"] for fact in worst},
+        "least": {name: kept[name] for name in worst},
     }
 
 

@@ -24,6 +24,11 @@ class Kept:
     chance: float
 
 
+def telling(chances: Mapping[str, float]) -> list[str]:
+    """The weights whose retention tells of more than rounding's noise, by its standard error; all where none does."""
+    return [name for name, chance in chances.items() if chance <= TELLING] or list(chances)
+
+
 class Figures(TypedDict, total=False):
     """What a receipt tells of a weight that was changed: `change` is |change| / |base| (None of a base of zeros), `error`
     |stored - exact| / |exact|; the others are those of `Kept`."""
@@ -44,8 +49,7 @@ def overall(kept: Mapping[str, Kept]) -> dict[str, Any] | None:
     whole = sum(one.norm**2 for one in kept.values())
     if not whole:
         return None
-    told = [name for name, one in kept.items() if one.chance <= TELLING] or list(kept)
-    worst = min(told, key=lambda name: kept[name].retention)
+    worst = min(telling({name: one.chance for name, one in kept.items()}), key=lambda name: kept[name].retention)
     mean = sum(one.retention * one.norm**2 for one in kept.values()) / whole
     return {"mean": mean, "min": kept[worst].retention, "worst": worst}
 
@@ -70,21 +74,19 @@ class Survival:
 
     def figures(self) -> Figures:
         """Empty where nothing changed."""
-        base, exact, change, error, _ = self.sums.tolist() if self.sums is not None else [0.0] * 5
-        kept = self.kept()
-        if kept is None:
+        base, exact, change, error, kept = self.sums.tolist() if self.sums is not None else [0.0] * 5
+        if change == 0:
             return {}
         return {
-            "change": round(sqrt(change / base), 6) if base else None, "retention": kept.retention,
-            "error": round(sqrt(error / exact), 8) if exact else 0.0, "norm": kept.norm, "chance": kept.chance,
+            "change": round(sqrt(change / base), 6) if base else None, "retention": round(kept / change, 6),
+            "error": round(sqrt(error / exact), 8) if exact else 0.0, "norm": sqrt(change),
+            "chance": round(sqrt(error / change / self.elements), 8),
         }  # fmt: skip
 
     def kept(self) -> Kept | None:
         """What of the change is kept; None where nothing changed."""
-        _, _, change, error, kept = self.sums.tolist() if self.sums is not None else [0.0] * 5
-        if change == 0:
-            return None
-        return Kept(round(kept / change, 6), sqrt(change), round(sqrt(error / change / self.elements), 8))
+        found = self.figures()
+        return Kept(found["retention"], found["norm"], found["chance"]) if found else None
 
     def noise(self) -> float:
         """|stored - exact|^2 / |change|^2; 0 where nothing changed."""

@@ -144,8 +144,8 @@ def test_the_verdict_rests_on_the_model(base: Path, tmp_path: Path, monkeypatch:
     """Weights may keep the patch in all while the one that matters has lost it."""
     from edgeport.rounding import stochastic
 
-    loud = save_patch(base, tmp_path / "loud", target_modules=["down_proj"], std=0.05)
-    faint = save_patch(base, tmp_path / "faint", target_modules=["q_proj", "k_proj"], std=0.08)
+    heard = save_patch(base, tmp_path / "heard", target_modules=["down_proj"], std=0.05)
+    idle = save_patch(base, tmp_path / "idle", target_modules=["q_proj", "k_proj"], std=0.08)
     quantized = edgeport.export(model=base, output=tmp_path / "base.gguf", to="gguf", quant="Q4_0").output
     codes = stochastic.Stochastic.codes
 
@@ -153,7 +153,7 @@ def test_the_verdict_rests_on_the_model(base: Path, tmp_path: Path, monkeypatch:
         return grid.codes if "down_proj" in weight else codes(self, grid, target, weight, first)
 
     monkeypatch.setattr(stochastic.Stochastic, "codes", stubborn)
-    job = {"patch": [loud, faint], "new_base": quantized, "output": tmp_path / "out.gguf", "to": "gguf", "rounding": "stochastic"}
+    job = {"patch": [heard, idle], "new_base": quantized, "output": tmp_path / "out.gguf", "to": "gguf", "rounding": "stochastic"}
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(PatchLost, match="nearer to the base than to the exact port"):
         edgeport.port(**job)
